@@ -1,0 +1,220 @@
+"""What an ALBERT is made of: Hugging Face's field names, the released sizes by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+PresetName = Literal["tiny", "small", "base", "large", "xlarge", "xxlarge"]
+
+ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "swish", "tanh")
+
+_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": dict(
+        vocab_size=512,
+        embedding_size=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ),
+    "small": dict(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    ),
+    "base": dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ),
+    "large": dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    ),
+    "xlarge": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16
+    ),
+    "xxlarge": dict(
+        hidden_size=4096, intermediate_size=16384, num_hidden_layers=12, num_attention_heads=64
+    ),
+}
+
+_SIZES = (
+    "vocab_size",
+    "embedding_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_hidden_groups",
+    "num_attention_heads",
+    "intermediate_size",
+    "inner_group_num",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AlbertConfig:
+    """An ALBERT's architecture (Lan et al. 2020), with Hugging Face's names and defaults.
+
+    The defaults are those of `transformers.AlbertConfig`, which is the xxlarge model; see
+    `preset` for the others. Checked when made; `dataclasses.replace` makes a changed copy.
+    """
+
+    vocab_size: int = 30000
+    embedding_size: int = 128
+    """E: the embeddings' own, smaller width (section 3.1, factorised embeddings)."""
+    hidden_size: int = 4096
+    num_hidden_layers: int = 12
+    num_hidden_groups: int = 1
+    """How many groups of weights the layers share: layer i uses group `int(i / (L / groups))`."""
+    num_attention_heads: int = 64
+    intermediate_size: int = 16384
+    inner_group_num: int = 1
+    """How many different layers a group runs one after the other, each time it is used."""
+    hidden_act: str = "gelu_new"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    classifier_dropout_prob: float = 0.1
+    position_embedding_type: str = "absolute"
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int = 3
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`{name}={value!r}` has to be an integer of at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size={self.hidden_size}` is not divisible by "
+                f"`num_attention_heads={self.num_attention_heads}`, but each head gets an equal "
+                "share of it. Change one of the two."
+            )
+        if self.num_hidden_groups > self.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_groups={self.num_hidden_groups}` is more than "
+                f"`num_hidden_layers={self.num_hidden_layers}`: some groups would never be used."
+            )
+        for name in (
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "classifier_dropout_prob",
+        ):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has to be at least 0 and below 1."
+                )
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` has to be above 0.")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"`hidden_act={self.hidden_act!r}` is unknown; it is one of "
+                f"{', '.join(map(repr, ACTIVATIONS))}.{_nearest(self.hidden_act, ACTIVATIONS)}"
+            )
+        if self.position_embedding_type != "absolute":
+            raise ValueError(
+                f"`position_embedding_type={self.position_embedding_type!r}` is not supported: "
+                "every released ALBERT has `'absolute'` positions."
+            )
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id={self.pad_token_id}` is no id of a vocabulary of "
+                f"`vocab_size={self.vocab_size}`."
+            )
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """The group that each layer uses, by the reference's formula, rounding included."""
+        per_group = self.num_hidden_layers / self.num_hidden_groups
+        return tuple(int(i / per_group) for i in range(self.num_hidden_layers))
+
+    @classmethod
+    def preset(cls, name: PresetName | str, version: int = 2, **changes: Any) -> AlbertConfig:
+        """A size by name: the released `"base"`, `"large"`, `"xlarge"`, `"xxlarge"`; `"small"`
+        for pretraining on a few CPU cores; `"tiny"` for tests.
+
+        **Arguments:**
+
+        - `version`: 1 has dropout 0.1 (but xxlarge none), 2 has none. Architectures are equal.
+        - `changes`: fields to set otherwise, such as `vocab_size=8192`.
+        """
+        if name not in _PRESETS:
+            raise ValueError(
+                f"There is no ALBERT preset {name!r}; there are "
+                f"{', '.join(map(repr, _PRESETS))}.{_nearest(str(name), _PRESETS)}"
+            )
+        if version not in (1, 2):
+            raise ValueError(f"`version={version!r}` is unknown; ALBERT has versions 1 and 2.")
+        dropout = 0.1 if version == 1 and name != "xxlarge" else 0.0
+        values: dict[str, Any] = dict(
+            _PRESETS[name], hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
+        )
+        return cls.from_dict(values | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AlbertConfig:
+        """From a dict of fields, or of a Hugging Face `config.json`.
+
+        The many further keys of a Hugging Face file (one with a `model_type`) that do not
+        describe the architecture are left out. Any other unknown key is an error.
+        """
+        fields = {field.name for field in dataclasses.fields(cls)}
+        known = {name: value for name, value in values.items() if name in fields}
+        model_type = values.get("model_type", "albert")
+        if model_type != "albert":
+            raise ValueError(
+                f"`model_type={model_type!r}`: this is the configuration of another model. "
+                "An ALBERT's has `'albert'`."
+            )
+        if values.get("net_structure_type", 0) != 0:
+            raise ValueError(
+                f"`net_structure_type={values['net_structure_type']!r}` is not supported: every "
+                "released ALBERT has 0."
+            )
+        for name in sorted(set(values) - fields):
+            # A misspelt field must not pass as one of Hugging Face's further keys.
+            misspelt = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
+            if misspelt or "model_type" not in values:
+                raise ValueError(
+                    f"`AlbertConfig` has no field `{name}`.{_nearest(name, fields)} "
+                    f"The fields are {', '.join(sorted(fields))}."
+                )
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, and `model_type`: what Hugging Face's `config.json` needs."""
+        return {"model_type": "albert", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> AlbertConfig:
+        """From a file such as Hugging Face's `config.json`."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"`{path}` is not valid JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"`{path}` holds a JSON {type(values).__name__}, but a configuration is an object "
+                'of fields, such as {"hidden_size": 768}.'
+            )
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"`{path}`: {error}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f" Did you mean `{near[0]}`?" if near else ""

@@ -1,0 +1,92 @@
+"""What a model puts in the place of `[MASK]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from ._tasks import AlbertForMaskedLM, check_tokens, check_vocabulary
+from ._tokenizer import special_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_MASK = "[MASK]"
+_ROUND = 32
+
+
+class Guess(NamedTuple):
+    """A piece for a blank."""
+
+    piece: str
+    """As in the vocabulary: a `▁` begins a word."""
+    probability: float
+
+
+class Filled(NamedTuple):
+    """A text with its blanks filled in."""
+
+    text: str
+    """With the likeliest piece in each blank."""
+    guesses: list[list[Guess]]
+    """For each blank, the likeliest pieces, best first."""
+
+
+def fill_mask(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: int = 5) -> Filled:
+    """Predicts each `[MASK]` of a text, of which there may be several, each on its own.
+
+        fill_mask(task, tokenizer, "the quick [MASK] fox").text
+
+    Special tokens are never predicted. Blocks on the device; texts of similar length share one
+    compilation.
+
+    **Raises:** `ValueError` without a `[MASK]`, for a text longer than the model's positions, and
+    for a tokenizer that is not the model's.
+    """
+    check_vocabulary(tokenizer.get_vocab_size(), task.config)
+    special = special_ids(tokenizer)
+    row = np.asarray([tokenizer.encode(text).ids], np.int32)
+    check_tokens(row, task.config)
+    blanks = np.flatnonzero(row[0] == special.mask)
+    if not len(blanks):
+        raise ValueError(f"There is no `{_MASK}` in the text {text!r}. Write one where to guess.")
+    if not 1 <= top_k <= task.config.vocab_size - len(special):
+        raise ValueError(f"`top_k={top_k}` has to lie between 1 and the pieces there are.")
+
+    length = row.shape[1]
+    padded = min(-(-length // _ROUND) * _ROUND, task.config.max_position_embeddings)
+    tokens = np.full((1, padded), special.pad, np.int32)
+    tokens[:, :length] = row
+    likely = np.array(_probabilities(task, jnp.asarray(tokens), jnp.int32(length))[0, blanks])
+    likely[:, list(special)] = -1.0
+    guesses = [
+        [
+            Guess(tokenizer.id_to_token(int(number)) or "", float(of[number]))
+            for number in np.argsort(-of, kind="stable")[:top_k]
+        ]
+        for of in likely
+    ]
+    return Filled(_written(text, [found[0].piece for found in guesses]), guesses)
+
+
+@eqx.filter_jit
+def _probabilities(
+    task: AlbertForMaskedLM, tokens: Int[Array, "1 seq"], length: Int[Array, ""]
+) -> Float[Array, "1 seq vocab"]:
+    own = (jnp.arange(tokens.shape[1]) < length)[None].astype(jnp.int32)
+    return jax.nn.softmax(task.logits({"tokens": tokens, "attention_mask": own}), axis=-1)
+
+
+def _written(text: str, pieces: list[str]) -> str:
+    """The user's own text, not the tokens decoded, which have lost its case and rare characters."""
+    first, *rest = text.split(_MASK)
+    written = first
+    for piece, after in zip(pieces, rest, strict=True):
+        # The blank stands for `▁word`, the space before it included.
+        written = written.rstrip() + piece.replace("▁", " ") + after
+    return written if text.startswith(" ") else written.lstrip()

@@ -1,0 +1,105 @@
+"""The parts an ALBERT is built of, written for whole batches.
+
+Equinox's own `Linear` and `LayerNorm` take one example and are meant for `jax.vmap`; these take
+any number of leading axes, so that a product over (batch, seq, hidden) is one large matmul, and
+keep the statistics of normalisation in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._config import AlbertConfig
+
+
+def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """The key of one named part: adding a part never changes another's randomness."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def dropped(
+    dropout: eqx.nn.Dropout, x: Float[Array, "*shape"], key: PRNGKeyArray | None, name: str
+) -> Float[Array, "*shape"]:
+    """`x` after `dropout`, whose key is the part `name` of `key`.
+
+    **Raises:** `ValueError` where dropout is on and there is no key.
+    """
+    if dropout.inference or dropout.p == 0:
+        return x
+    if key is None:
+        raise ValueError(
+            f"This ALBERT drops out a share of {dropout.p} and so needs `key=`. To run it without "
+            "dropout, take `eqx.nn.inference_mode(model)`."
+        )
+    return dropout(x, key=named_key(key, name))
+
+
+def initial(key: PRNGKeyArray, shape: tuple[int, ...], config: AlbertConfig) -> Array:
+    """Weights from a normal of deviation `initializer_range`, cut off at two deviations.
+
+    As google-research/albert (`tf.truncated_normal_initializer`): the deviation is that before
+    the cut. Hugging Face draws from the whole normal.
+    """
+    return config.initializer_range * jax.random.truncated_normal(key, -2.0, 2.0, shape)
+
+
+def along_last(
+    vector: Float[Array, " d"], like: Float[Array, "*batch d"]
+) -> Float[Array, "*ones d"]:
+    """`vector` with the rank of `like`: broadcasting is spelt out here, never implied."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+class Dense(eqx.Module):
+    """`x @ weight + bias` over the last axis. Weights are drawn by `initial`, biases are 0."""
+
+    weight: Float[Array, "into out"]
+    bias: Float[Array, " out"]
+
+    def __init__(self, into: int, out: int, config: AlbertConfig, *, key: PRNGKeyArray):
+        self.weight = initial(key, (into, out), config)
+        self.bias = jnp.zeros(out)
+
+    def __call__(self, x: Float[Array, "*batch into"]) -> Float[Array, "*batch out"]:
+        y = x @ self.weight
+        return y + along_last(self.bias, y)
+
+
+class LayerNorm(eqx.Module):
+    """Layer normalisation over the last axis, computed in float32."""
+
+    weight: Float[Array, " d"]
+    bias: Float[Array, " d"]
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, size: int, config: AlbertConfig):
+        self.weight = jnp.ones(size)
+        self.bias = jnp.zeros(size)
+        self.eps = config.layer_norm_eps
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.eps)
+        weight, bias = self.weight.astype(jnp.float32), self.bias.astype(jnp.float32)
+        return (y * along_last(weight, y) + along_last(bias, y)).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The function that `hidden_act` names. `"gelu_new"` is the tanh approximation, which
+    google-research/albert calls `"gelu"`."""
+    return {
+        "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "tanh": jnp.tanh,
+    }[name]

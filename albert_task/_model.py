@@ -1,0 +1,257 @@
+"""ALBERT: embeddings of their own, small width; one layer's weights used again and again.
+
+Lan et al. 2020, "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations".
+All of it takes whole batches. Weights are stored (in, out); `_convert.py` has the names that
+Hugging Face's checkpoints use.
+"""
+
+from __future__ import annotations
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ._config import AlbertConfig
+from ._layers import Dense, LayerNorm, activation, along_last, dropped, initial, named_key
+
+
+class Embeddings(eqx.Module):
+    """Word, position and token type embeddings, summed and normalised (section 3.1)."""
+
+    words: Float[Array, "vocab embedding"]
+    positions: Float[Array, "max_positions embedding"]
+    token_types: Float[Array, "types embedding"]
+    norm: LayerNorm
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray):
+        def table(name: str, rows: int) -> Array:
+            return initial(named_key(key, name), (rows, config.embedding_size), config)
+
+        self.words = table("words", config.vocab_size)
+        self.positions = table("positions", config.max_position_embeddings)
+        self.token_types = table("token_types", config.type_vocab_size)
+        self.norm = LayerNorm(config.embedding_size, config)
+        self.dropout = eqx.nn.Dropout(config.hidden_dropout_prob)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        token_types: Int[Array, "batch seq"] | None,
+        positions: Int[Array, "batch seq"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch seq embedding"]:
+        x = _rows(self.words, tokens)
+        if token_types is None:
+            x = x + along_last(self.token_types[0], x)
+        else:
+            x = x + _rows(self.token_types, token_types)
+        if positions is None:
+            x = x + self.positions[None, : tokens.shape[1]]
+        else:
+            x = x + _rows(self.positions, positions)
+        return dropped(self.dropout, self.norm(x), key, "embeddings")
+
+
+def _rows(
+    table: Float[Array, "rows d"], ids: Int[Array, "batch seq"]
+) -> Float[Array, "batch seq d"]:
+    # An id that is too large gives NaN, which gets noticed; by default it gives the last row.
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+class Attention(eqx.Module):
+    """Multi-head self-attention with its residual connection and normalisation."""
+
+    query: Dense
+    key: Dense
+    value: Dense
+    output: Dense
+    norm: LayerNorm
+    probs_dropout: eqx.nn.Dropout
+    dropout: eqx.nn.Dropout
+    heads: int = eqx.field(static=True)
+
+    def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray):
+        def dense(name: str) -> Dense:
+            size = config.hidden_size
+            return Dense(size, size, config, key=named_key(key, name))
+
+        self.query = dense("query")
+        self.key = dense("key")
+        self.value = dense("value")
+        self.output = dense("output")
+        self.norm = LayerNorm(config.hidden_size, config)
+        self.probs_dropout = eqx.nn.Dropout(config.attention_probs_dropout_prob)
+        self.dropout = eqx.nn.Dropout(config.hidden_dropout_prob)
+        self.heads = config.num_attention_heads
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        mask: Bool[Array, "batch from seq"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch seq hidden"]:
+        q, k, v = (
+            rearrange(part(x), "batch seq (head dim) -> batch head seq dim", head=self.heads)
+            for part in (self.query, self.key, self.value)
+        )
+        q = q * np.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+        # Written out: on CPU as fast as `jax.nn.dot_product_attention`, which has no dropout.
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
+        if mask is not None:
+            # Not -inf: a position that sees nothing, such as padding, must not become NaN.
+            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+        probs = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+        probs = dropped(self.probs_dropout, probs, key, "attention_probs")
+        y = jnp.einsum("bhqk,bhkd->bhqd", probs, v)
+        y = self.output(rearrange(y, "batch head seq dim -> batch seq (head dim)"))
+        return self.norm(x + dropped(self.dropout, y, key, "attention_output"))
+
+
+class Layer(eqx.Module):
+    """Attention, then a feed-forward network, each normalised after its residual connection."""
+
+    attention: Attention
+    ffn: Dense
+    ffn_output: Dense
+    norm: LayerNorm
+    dropout: eqx.nn.Dropout
+    hidden_act: str = eqx.field(static=True)
+
+    def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray):
+        size, inner = config.hidden_size, config.intermediate_size
+        self.attention = Attention(config, key=named_key(key, "attention"))
+        self.ffn = Dense(size, inner, config, key=named_key(key, "ffn"))
+        self.ffn_output = Dense(inner, size, config, key=named_key(key, "ffn_output"))
+        self.norm = LayerNorm(size, config)
+        self.dropout = eqx.nn.Dropout(config.hidden_dropout_prob)
+        self.hidden_act = config.hidden_act
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        mask: Bool[Array, "batch from seq"] | None,
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch seq hidden"]:
+        x = self.attention(x, mask, key)
+        y = self.ffn_output(activation(self.hidden_act)(self.ffn(x)))
+        # Dropped out as in google-research/albert; Hugging Face's model leaves this one out.
+        return self.norm(x + dropped(self.dropout, y, key, "ffn_output"))
+
+
+class Albert(eqx.Module):
+    """ALBERT without a head: from token ids to a vector for each.
+
+        albert = Albert(AlbertConfig.preset("base"), key=key)
+        hidden = albert(tokens, mask=tokens != config.pad_token_id)
+
+    **Arguments:**
+
+    - `pooler`: whether there is one. Tasks on whole sentences use it; masked language modelling
+      does not, and goes without, so that no parameter is trained that nothing reads.
+    """
+
+    embeddings: Embeddings
+    mapping: Dense
+    """From the embeddings' width to the layers'."""
+    groups: tuple[tuple[Layer, ...], ...]
+    """`num_hidden_groups` times `inner_group_num` layers' weights."""
+    pooler: Dense | None
+    config: AlbertConfig = eqx.field(static=True)
+
+    def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray, pooler: bool = True):
+        size = config.hidden_size
+        self.embeddings = Embeddings(config, key=named_key(key, "embeddings"))
+        self.mapping = Dense(config.embedding_size, size, config, key=named_key(key, "mapping"))
+        self.groups = tuple(
+            tuple(
+                Layer(config, key=named_key(key, f"group {group} layer {layer}"))
+                for layer in range(config.inner_group_num)
+            )
+            for group in range(config.num_hidden_groups)
+        )
+        self.pooler = Dense(size, size, config, key=named_key(key, "pooler")) if pooler else None
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        mask: Bool[Array, "batch seq"] | Bool[Array, "batch seq seq"] | None = None,
+        token_types: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "batch seq hidden"]:
+        """**Arguments:**
+
+        - `mask`: which tokens are seen: by all of their row, or (batch, from, to) in pairs.
+        - `token_types`: the segment, 0 or 1, of each token; all 0 by default.
+        - `positions`: by default 0, 1, 2, … in each row.
+        - `key`: of dropout, where the configuration has any; see `equinox.nn.inference_mode`.
+
+        **Raises:** `ValueError`, at trace time, for rows longer than the position embeddings.
+        An id beyond its table cannot be seen here and makes its row NaN; `check_tokens` finds
+        it on the host.
+        """
+        limit = self.config.max_position_embeddings
+        if positions is None and tokens.shape[1] > limit:
+            raise ValueError(
+                f"The rows have {tokens.shape[1]} tokens, but this ALBERT has positions for "
+                f"{limit} (`max_position_embeddings`). Cut the rows, or make the model with "
+                f"`AlbertConfig(max_position_embeddings={tokens.shape[1]})`."
+            )
+        if mask is not None and mask.ndim == 2:
+            mask = rearrange(mask, "batch seq -> batch 1 seq")
+        x = self.mapping(self.embeddings(tokens, token_types, positions, key))
+        # Unrolled: the same in `lax.scan` took 17 % more time and 40 % more memory in training
+        # on CPU (4 layers), and here gradients of shared weights are reduced once, not a layer
+        # at a time, on several devices. Compiling grows with depth, but takes seconds still.
+        for number, group in enumerate(self.config.layer_groups):
+            for inner, layer in enumerate(self.groups[group]):
+                own = None if key is None else named_key(key, f"{number} {inner}")
+                x = layer(x, mask, own)
+        return x
+
+    def pooled(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch hidden"]:
+        """One vector a row, from that of its first token, the [CLS]."""
+        if self.pooler is None:
+            raise ValueError("This ALBERT has no pooler. Make it with `Albert(..., pooler=True)`.")
+        return jnp.tanh(self.pooler(hidden[:, 0]))
+
+
+class MaskedLMHead(eqx.Module):
+    """From hidden vectors to logits over the vocabulary, through the word embeddings."""
+
+    dense: Dense
+    norm: LayerNorm
+    bias: Float[Array, " vocab"]
+    hidden_act: str = eqx.field(static=True)
+
+    def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray):
+        self.dense = Dense(
+            config.hidden_size, config.embedding_size, config, key=named_key(key, "dense")
+        )
+        self.norm = LayerNorm(config.embedding_size, config)
+        self.bias = jnp.zeros(config.vocab_size)
+        self.hidden_act = config.hidden_act
+
+    def __call__(
+        self, hidden: Float[Array, "batch some hidden"], words: Float[Array, "vocab embedding"]
+    ) -> Float[Array, "batch some vocab"]:
+        """Logits, in float32 whatever the compute dtype. `words`: the word embeddings."""
+        x = self.norm(activation(self.hidden_act)(self.dense(hidden)))
+        logits = jnp.einsum("bse,ve->bsv", x, words, preferred_element_type=jnp.float32)
+        return logits + along_last(self.bias.astype(jnp.float32), logits)
+
+
+def gather(
+    hidden: Float[Array, "batch seq hidden"], positions: Int[Array, "batch some"]
+) -> Float[Array, "batch some hidden"]:
+    """The vectors at `positions` of each row."""
+    return jnp.take_along_axis(hidden, rearrange(positions, "batch some -> batch some 1"), axis=1)

@@ -1,0 +1,308 @@
+"""What can be chosen about a pretraining run: one field an option, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ._config import _PRESETS, AlbertConfig
+
+OPTIMIZERS = ("adamw", "lamb", "adafactor", "lion", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "exponential", "inverse_sqrt")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+_PEAKS = {"base": 5e-4, "large": 3e-4, "xlarge": 1e-4, "xxlarge": 1e-4}
+_SMALL_PEAK = 2e-3
+
+
+def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), **how: Any) -> Any:
+    """A field that is also an option of the command line, where `also` are further names of it
+    and `how` goes to `add_argument`."""
+    metadata = {"help": help, "group": group, "also": also, "how": how}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """The options of `albert pretrain`, which has a `--vocab-size` for `vocab_size`, and so on.
+
+    **Raises:** `ValueError` for a value that cannot be.
+    """
+
+    text: tuple[str, ...] = option(
+        (),
+        "files, folders or quoted globs of text (.txt, .jsonl, .parquet, .arrow); without it and "
+        "--dataset, the English prose that Python and its packages bring along",
+        group="data",
+        nargs="+",
+        metavar="GLOB",
+    )
+    dataset: str | None = option(
+        None,
+        "a dataset saved on disk, a folder of text, or a name on the hub",
+        group="data",
+        metavar="NAME_OR_FOLDER",
+    )
+    dataset_config: str | None = option(
+        None, "which configuration of a hub dataset", group="data", metavar="NAME"
+    )
+    text_column: str | None = option(
+        None, "the column that holds the text", group="data", metavar="NAME"
+    )
+    split: str = option("train", "which split of a dataset", group="data", metavar="NAME")
+    tokenizer: str | None = option(
+        None,
+        "a spiece.model or tokenizer.json; without it one is trained on the text",
+        group="data",
+        metavar="FILE",
+    )
+    vocab_size: int | None = option(
+        None,
+        "pieces of the tokenizer that is trained (default 8000)",
+        group="data",
+        type=int,
+        metavar="N",
+    )
+    val_fraction: float = option(
+        0.05, "share of the tokens kept for validation", group="data", type=float, metavar="X"
+    )
+    val_rows: int = option(
+        1024, "rows a validation uses at most", group="data", type=int, metavar="N"
+    )
+
+    model: str = option(
+        "small",
+        f"{', '.join(_PRESETS)}, or a config.json",
+        group="model and training",
+        metavar="NAME_OR_FILE",
+    )
+    steps: int = option(3000, "optimizer steps", group="model and training", type=int, metavar="N")
+    batch_size: int = option(
+        32, "rows in a batch, over all devices", group="model and training", type=int, metavar="N"
+    )
+    seq_len: int = option(64, "tokens in a row", group="model and training", type=int, metavar="N")
+    lr: float | None = option(
+        None,
+        f"the peak learning rate (default: {_SMALL_PEAK} for tiny and small, lower for the others)",
+        group="model and training",
+        also=("--learning-rate",),
+        type=float,
+        metavar="X",
+    )
+    warmup: float = option(
+        0.05,
+        "the warm-up: below 1 a share of the run, otherwise steps",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    schedule: str = option(
+        "cosine",
+        f"of the learning rate after the warm-up: {', '.join(SCHEDULES)}",
+        group="model and training",
+        metavar="NAME",
+    )
+    optimizer: str = option(
+        "adamw", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+    )
+    weight_decay: float = option(
+        0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
+    )
+    clip: float = option(
+        1.0,
+        "clip gradients to this global norm; 0: not at all",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    mask_probability: float = option(
+        0.15,
+        "share of the tokens that are to be predicted",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    dropout: float | None = option(
+        None,
+        "dropout in the model (default: what the model's configuration says)",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    precision: str = option(
+        "32-true", ", ".join(PRECISIONS), group="model and training", metavar="NAME"
+    )
+    accumulate: int = option(
+        1, "batches accumulated for one step", group="model and training", type=int, metavar="N"
+    )
+    devices: str = option(
+        "auto", "how many devices, or auto", group="model and training", metavar="N"
+    )
+    strategy: str = option("auto", "auto, ddp or fsdp", group="model and training", metavar="NAME")
+    seed: int = option(
+        0,
+        "of initial values, masks, order and split",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
+
+    out: str = option("runs/pretrain", "the folder of the run", group="the run", metavar="FOLDER")
+    eval_interval: int = option(
+        500,
+        "steps from one validation and checkpoint to the next",
+        group="the run",
+        type=int,
+        metavar="N",
+    )
+    log_interval: int = option(
+        25, "steps from one log entry to the next", group="the run", type=int, metavar="N"
+    )
+    max_time: str | None = option(
+        None, "stop after DD:HH:MM:SS; the same command goes on", group="the run", metavar="TIME"
+    )
+    patience: int | None = option(
+        None,
+        "stop after so many validations without improvement",
+        group="the run",
+        type=int,
+        metavar="N",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_numbers(self)
+        if self.text and self.dataset:
+            raise ValueError("`--text` and `--dataset` are two sources of text. Give one of them.")
+        for name, needs in (
+            ("dataset_config", self.dataset),
+            ("text_column", self.dataset or self.text),
+        ):
+            if getattr(self, name) is not None and not needs:
+                raise ValueError(f"`{flag(name)}` says something about `--dataset`: give both.")
+
+    @property
+    def peak(self) -> float:
+        """The peak learning rate: `lr`, or what suits a model of this name."""
+        return self.lr if self.lr is not None else _PEAKS.get(self.model, _SMALL_PEAK)
+
+    @property
+    def own_vocab_size(self) -> int | None:
+        """The vocabulary that the model insists on: a `config.json` does, a preset does not."""
+        return None if self.model in _PRESETS else self.config().vocab_size
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.warmup < 1:
+            return int(self.warmup * self.steps)
+        return int(self.warmup)
+
+    def config(self, vocab_size: int | None = None) -> AlbertConfig:
+        """The model's configuration, for a tokenizer of `vocab_size` pieces.
+
+        A preset takes the tokenizer's vocabulary; a `config.json` has its own, which has to be
+        the same.
+
+        **Raises:** `ValueError` where vocabulary or positions do not suffice.
+        """
+        changes: dict[str, Any] = {}
+        if self.dropout is not None:
+            changes = dict.fromkeys(
+                ("hidden_dropout_prob", "attention_probs_dropout_prob"), self.dropout
+            )
+        if self.model in _PRESETS:
+            if vocab_size is not None:
+                changes["vocab_size"] = vocab_size
+            config = AlbertConfig.preset(self.model, **changes)
+        else:
+            config = dataclasses.replace(AlbertConfig.from_json(self.model), **changes)
+        if self.seq_len > config.max_position_embeddings:
+            raise ValueError(
+                f"`--seq-len {self.seq_len}` is longer than the positions of the model "
+                f"`{self.model}`: it has `max_position_embeddings="
+                f"{config.max_position_embeddings}`. Write `--seq-len "
+                f"{config.max_position_embeddings}` or less."
+            )
+        if vocab_size is not None and config.vocab_size != vocab_size:
+            size = "larger" if vocab_size > config.vocab_size else "smaller"
+            raise ValueError(
+                f"The tokenizer's vocabulary is {size} than the model's: {vocab_size} pieces, but "
+                f"`{self.model}` has `vocab_size={config.vocab_size}`. Change one of the two, or "
+                "pass the tokenizer that belongs to the model: `--tokenizer FILE`."
+            )
+        return config
+
+
+def flag(name: str) -> str:
+    """The command line's name of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """` Did you mean ...?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def _check_choices(options: PretrainOptions) -> None:
+    choices: Mapping[str, Iterable[str]] = {
+        "optimizer": OPTIMIZERS,
+        "schedule": SCHEDULES,
+        "precision": PRECISIONS,
+        "strategy": ("auto", "ddp", "fsdp"),
+    }
+    for name, known in choices.items():
+        value = getattr(options, name)
+        if value not in known:
+            listed = ", ".join(f"`{choice}`" for choice in known)
+            raise ValueError(
+                f"`{flag(name)} {value}` is unknown; it is one of {listed}.{nearest(value, known)}"
+            )
+    if options.model not in _PRESETS and not Path(options.model).is_file():
+        listed = ", ".join(f"`{choice}`" for choice in _PRESETS)
+        raise ValueError(
+            f"`--model {options.model}` is no preset and no file. The presets are {listed}; any "
+            f"other model is a `config.json`.{nearest(options.model, _PRESETS)}"
+        )
+    if options.devices != "auto" and not re.fullmatch(r"[1-9]\d*", options.devices):
+        raise ValueError(f"`--devices {options.devices}` is neither `auto` nor a number above 0.")
+
+
+def _check_numbers(options: PretrainOptions) -> None:
+    least: Mapping[str, float] = {
+        "vocab_size": 6,
+        "val_rows": 1,
+        "steps": 1,
+        "batch_size": 1,
+        "seq_len": 3,
+        "accumulate": 1,
+        "warmup": 0,
+        "weight_decay": 0,
+        "clip": 0,
+        "dropout": 0,
+        "seed": 0,
+        "eval_interval": 1,
+        "log_interval": 1,
+        "patience": 0,
+    }
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
+    for name in ("val_fraction", "mask_probability"):
+        value = getattr(options, name)
+        if not 0 < value < 1:
+            raise ValueError(f"`{flag(name)} {value}` has to lie between 0 and 1.")
+    if options.dropout is not None and not options.dropout < 1:
+        raise ValueError(f"`--dropout {options.dropout}` has to be below 1.")
+    if options.lr is not None and not options.lr > 0:
+        raise ValueError(f"`--lr {options.lr}` has to be above 0.")
+    if options.warmup_steps >= options.steps:
+        raise ValueError(
+            f"`--warmup {options.warmup:g}` takes all of the `--steps {options.steps}`. Write a "
+            "share such as `--warmup 0.05`."
+        )

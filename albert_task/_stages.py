@@ -1,0 +1,286 @@
+"""What comes before training: the text, its tokenizer, its tokens; each made once and kept.
+
+FOLDER/corpus.jsonl      the embedded corpus, where no other text is given
+FOLDER/tokenizer.json    the tokenizer, where none is given
+FOLDER/tokens/           the encoded text
+FOLDER/run.json          what the run is made of; see `check_same_run`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._config import AlbertConfig
+from ._corpus import build_corpus, python_sources, write_corpus
+from ._data import PretrainingData, TokenStore, encode_documents, open_tokens
+from ._options import PretrainOptions, flag
+from ._text import TextFiles, TextSource, open_dataset
+from ._tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tqdm import tqdm
+
+_VOCAB_SIZE = 8000
+_TOKENIZER_CHARACTERS = 20_000_000  # to train a tokenizer on; more is thinned out
+
+_Size = Callable[[], tuple[int, int]]
+"""Reads the text, once, for the number of its documents and of its characters."""
+
+# Options that may change from one start of a run to the next.
+_FREE = (
+    "out", "steps", "max_time", "patience", "eval_interval", "devices", "strategy",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Everything that training needs, checked."""
+
+    options: PretrainOptions
+    folder: Path
+    tokenizer: Tokenizer
+    config: AlbertConfig
+    data: PretrainingData
+    identity: dict[str, Any]
+
+
+def prepare(options: PretrainOptions) -> Prepared:
+    """Goes through the stages that are not yet done. What cannot work fails here, before
+    anything is computed on a device.
+
+    **Raises:** `ValueError` and `OSError` with what is wrong and what to write instead.
+    """
+    folder = run_folder(options.out)
+    options.config()
+    tokenizer = _given_tokenizer(options)
+    source = _source(options, folder)
+    text = source.fingerprint()
+    identity = _identity(options, text, tokenizer)
+    check_same_run(folder, identity)
+    size = functools.cache(lambda: _read(source))
+    if tokenizer is None:
+        tokenizer = _trained_tokenizer(options, source, text, size, folder)
+    config = options.config(tokenizer.get_vocab_size())
+    store = _tokens(source, text, size, tokenizer, folder)
+    data = PretrainingData(
+        store,
+        seq_len=options.seq_len,
+        batch_size=options.batch_size,
+        val_fraction=options.val_fraction,
+        max_val_rows=options.val_rows,
+        seed=options.seed,
+    )
+    data.train_dataloader()  # so few rows that no batch is full: said now
+    return Prepared(options, folder, tokenizer, config, data, identity)
+
+
+def run_folder(path: str | Path) -> Path:
+    """Makes the folder of a run.
+
+    **Raises:** `OSError` where nothing can be written into it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Nothing can be written into the folder `{folder}`: {error.strerror}. "
+            "Choose another one: `--out FOLDER`."
+        ) from None
+    return folder
+
+
+# The run's identity
+
+
+def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    # What the text and the tokenizer hold counts, not where they lie.
+    kept = (*_FREE, "text", "dataset", "dataset_config", "text_column", "split", "tokenizer")
+    chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in kept}
+    return chosen | {
+        "text": text,
+        "tokenizer": tokenizer and tokenizer_hash(tokenizer),
+        "lr": options.peak,
+    }
+
+
+def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """**Raises:** `ValueError` where training in `folder` began with other options or text."""
+    try:
+        before = json.loads((folder / "run.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    differences = [
+        f"{_named(name)} was {before.get(name)!r} and is {value!r}"
+        for name, value in identity.items()
+        if before.get(name) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
+            "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
+        )
+
+
+def _named(name: str) -> str:
+    if name in ("text", "tokenizer"):
+        return f"the {name}'s fingerprint"
+    return f"`{flag(name)}`"
+
+
+def begin_run(prepared: Prepared) -> None:
+    """Writes down what the run is made of."""
+    write_json(prepared.folder / "run.json", prepared.identity)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    scratch.replace(path)
+
+
+# Stages
+
+
+@contextlib.contextmanager
+def stage(title: str, total: int | None = None, unit: str = "it") -> Iterator[tqdm[Any]]:
+    """A progress bar that stays; where stderr is no terminal, a line every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    with tqdm(
+        total=total,
+        desc=f"{title:<10}",
+        unit=unit,
+        unit_scale=True,
+        mininterval=interval,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    ) as bar:
+        yield bar
+
+
+def _source(options: PretrainOptions, folder: Path) -> TextSource:
+    if options.text:
+        return TextFiles(options.text, options.text_column)
+    if options.dataset:
+        return open_dataset(
+            options.dataset,
+            configuration=options.dataset_config,
+            column=options.text_column,
+            split=options.split,
+        )
+    path = folder / "corpus.jsonl"
+    if not path.is_file():
+        sources = python_sources()
+        with stage("Corpus", len(sources), "file") as bar:
+            corpus = build_corpus(sources, progress=lambda done, _: bar.update(done - bar.n))
+        print(corpus.summary())
+        write_corpus(corpus, path)
+    return TextFiles(path)
+
+
+def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
+    if options.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(options.tokenizer)
+    size = tokenizer.get_vocab_size()
+    if options.vocab_size not in (None, size):
+        raise ValueError(
+            f"`--vocab-size {options.vocab_size}`, but the tokenizer `{options.tokenizer}` has "
+            f"{size} pieces. Leave `--vocab-size` out: it is for a tokenizer to be trained."
+        )
+    options.config(size)
+    return tokenizer
+
+
+def _trained_tokenizer(
+    options: PretrainOptions, source: TextSource, text: str, size: _Size, folder: Path
+) -> Tokenizer:
+    path, made_of = folder / "tokenizer.json", folder / "tokenizer.made-of.json"
+    vocab_size = options.vocab_size or options.own_vocab_size or _VOCAB_SIZE
+    wanted = {"text": text, "vocab_size": vocab_size}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(made_of.read_text()) == wanted:
+            return load_tokenizer(path)
+    documents, characters = size()
+    every = math.ceil(characters / _TOKENIZER_CHARACTERS)
+    made_of.unlink(missing_ok=True)
+    with stage("Tokenizer", -(-documents // every), "document") as bar:
+        tokenizer = _train(source, vocab_size, every, bar)
+    tokenizer.save(str(path))
+    write_json(made_of, wanted)
+    return tokenizer
+
+
+def _train(source: TextSource, vocab_size: int, every: int, bar: tqdm[Any]) -> Tokenizer:
+    """Trains in a thread, which leaves the bar's clock running and Ctrl-C at work."""
+
+    def texts() -> Iterator[str]:
+        for number, document in enumerate(source):
+            if number % every == 0:
+                yield document.text
+                bar.update()
+        bar.set_postfix_str("choosing pieces")
+
+    outcome: list[Any] = []
+
+    def train() -> None:
+        try:
+            outcome.append(train_tokenizer(texts(), vocab_size))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=train, name="tokenizer", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        if sys.stderr.isatty():
+            bar.refresh()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _read(source: TextSource) -> tuple[int, int]:
+    """The number of documents and of characters: what cannot be read is found here."""
+    documents = characters = 0
+    with stage("Reading", unit="document") as bar:
+        for document in source:
+            documents += 1
+            characters += len(document.text)
+            bar.update()
+    if not characters:
+        raise ValueError("The text is empty: it has no document. Give some: `--text 'corpus/*'`.")
+    return documents, characters
+
+
+def _tokens(
+    source: TextSource, text: str, size: _Size, tokenizer: Tokenizer, folder: Path
+) -> TokenStore:
+    with contextlib.suppress(OSError, ValueError):  # there is none, or not of this text
+        return open_tokens(folder / "tokens", tokenizer=tokenizer, text=text)
+    _, characters = size()
+    with stage("Encoding", characters, "B") as bar:
+        return encode_documents(
+            source,
+            tokenizer,
+            folder / "tokens",
+            text=text,
+            progress=lambda done: bar.update(done - bar.n),
+        )

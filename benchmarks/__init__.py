@@ -1,0 +1,1 @@
+"""What the framework costs, measured. Run with `python -m benchmarks.<name>`."""

@@ -1,0 +1,314 @@
+"""Checkpoints that cannot lie: saved behind the training's back, committed wholly or not at all,
+and verified bit by bit when they are read.
+
+    with CheckpointStore("runs/a") as store:
+        store.save(step, state, {"epoch": 3})           # waits for the copy to the host only
+    tree, metadata, path = restore_latest("runs/a", like=state)
+
+`_checkpoint_manifest` says what the bytes mean, `_checkpoint_arrays` where they come from,
+`_checkpoint_save` and `_checkpoint_files` how they get to the disk, `_checkpoint_read` how back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from ._checkpoint_arrays import snapshot
+from ._checkpoint_files import (
+    DAMAGED,
+    TEMPORARY,
+    CheckpointDamaged,
+    CheckpointError,
+    RunLock,
+    RunLocked,
+    check_writable,
+    discard,
+    lock_if_free,
+    publish,
+    set_aside,
+    sweep,
+)
+from ._checkpoint_manifest import NAME, plain
+from ._checkpoint_read import (
+    CheckpointMismatch,
+    load_arrays,
+    read_checkpoint,
+    read_manifest,
+    read_metadata,
+    verify_checkpoint,
+)
+from ._checkpoint_save import Save, SaveFailed, export_weights
+
+__all__ = [
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointStore",
+    "Entry",
+    "Restored",
+    "RunLocked",
+    "SaveFailed",
+    "check_writable",
+    "export_weights",
+    "find_checkpoints",
+    "load_arrays",
+    "read_checkpoint",
+    "read_metadata",
+    "restore_latest",
+    "verify_checkpoint",
+]
+
+
+class Entry(NamedTuple):
+    """A checkpoint in a folder of checkpoints."""
+
+    path: Path
+    step: int
+    saved_at: str
+    metadata: Mapping[str, Any]
+
+
+class Restored(NamedTuple):
+    tree: PyTree
+    metadata: dict[str, Any]
+    path: Path
+
+
+# Finding
+
+
+def find_checkpoints(root: str | os.PathLike[str]) -> list[Entry]:
+    """The committed checkpoints in a folder, by step, and the later saved last of the same step.
+
+    A folder without a `COMMIT` that matches is none. The arrays are not read.
+    """
+    return _sorted_out(Path(root))[0]
+
+
+def _sorted_out(root: Path) -> tuple[list[Entry], dict[Path, str]]:
+    """The checkpoints in `root`, and those that are damaged, with the reason."""
+    entries, damaged = [], {}
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if not looks_like_checkpoint(path):
+            continue
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            if not path.exists():  # deleted meanwhile, by the run that writes here
+                continue
+            if not isinstance(error, CheckpointDamaged):
+                raise
+            damaged[path] = str(error)
+        else:
+            entries.append(Entry(path, manifest.step, manifest.saved_at, manifest.metadata))
+    return sorted(entries, key=lambda entry: (entry.step, entry.saved_at)), damaged
+
+
+def looks_like_checkpoint(path: Path) -> bool:
+    """Whether a folder is, was or pretends to be a checkpoint: other things may lie beside it."""
+    if not path.is_dir() or not NAME.fullmatch(path.name):
+        return False
+    if re.search(r"step[=_]\d+", path.name):
+        return True
+    return any((path / name).exists() for name in ("COMMIT", "manifest.json")) or any(
+        path.glob("arrays-*.safetensors")
+    )
+
+
+def restore_latest(root: str | os.PathLike[str], like: PyTree) -> Restored | None:
+    """The checkpoint of the highest step that is intact; `None` where there never was one.
+
+    Damaged ones on the way are reported by a warning and set aside as `.damaged-*`. If nothing
+    is left it is a `CheckpointDamaged`, never a silent fresh start. A checkpoint that is intact
+    and does not fit `like` is a `CheckpointMismatch` (see `read_checkpoint`).
+    """
+    root = Path(root).absolute()
+    if not root.is_dir():
+        return None
+    with lock_if_free(root) as ours:
+        if ours:
+            _recover(root)
+    entries, damaged = _sorted_out(root)
+    for entry in reversed(entries):
+        try:
+            tree, metadata = read_checkpoint(entry.path, like)
+        except CheckpointError as error:
+            if not entry.path.exists():  # deleted meanwhile, by the run that writes here
+                return restore_latest(root, like)
+            if not isinstance(error, CheckpointDamaged):
+                raise
+            damaged[entry.path] = str(error)
+            continue
+        if damaged:
+            with lock_if_free(root) as ours:
+                hidden = [set_aside(path) for path in damaged] if ours else []
+            warnings.warn(_damage_report(damaged, hidden, entry.path), stacklevel=2)
+        return Restored(tree, metadata, entry.path)
+    damaged |= {path: f"`{path}` was set aside before." for path in root.glob(f"{DAMAGED}*")}
+    if damaged:
+        raise CheckpointDamaged(
+            f"All checkpoints in `{root}` are damaged, and to begin anew without a word would "
+            f"lose the run:{_reasons(damaged)}\nMove them away or delete them to start afresh."
+        )
+    return None
+
+
+def _damage_report(damaged: Mapping[Path, str], hidden: list[Path | None], used: Path) -> str:
+    kept = [f"`{path.name}`" for path in hidden if path is not None]
+    return (
+        f"Damaged checkpoints were found, and the one before them is used, `{used}`:"
+        f"{_reasons(damaged)}" + (f"\nThey were set aside as {', '.join(kept)}." if kept else "")
+    )
+
+
+def _reasons(damaged: Mapping[Path, str]) -> str:
+    return "".join(f"\n  {reason}" for reason in damaged.values())
+
+
+def _recover(root: Path) -> None:
+    """Finishes what a killed process began: gives a checkpoint its name that was complete and had
+    none yet, and removes the rest. Needs the lock."""
+    for written in root.glob(f"{TEMPORARY}*"):
+        name = written.name.removeprefix(TEMPORARY).rpartition("-")[0]
+        with contextlib.suppress(CheckpointError):
+            if read_manifest(written, name).name == name:
+                publish(written, root / name)
+    sweep(root)
+
+
+# Saving
+
+
+class CheckpointStore:
+    """The one writer of a folder of checkpoints.
+
+    Makes the folder, takes its lock, and finishes or removes what a killed run left half done.
+    Raises an `OSError` where the folder cannot be written, and `RunLocked`, with the pid of the
+    process that has it, where it is taken. To be used from one thread.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        if jax.process_count() > 1:
+            raise CheckpointError(
+                f"This job has {jax.process_count()} processes, and checkpoints of more than one "
+                "are not written yet. Run with one, or pass `enable_checkpointing=False`."
+            )
+        self.root = Path(root).absolute()
+        check_writable(self.root)
+        self._lock: RunLock | None = RunLock(self.root)
+        self._save: Save | None = None
+        _recover(self.root)
+
+    def save(
+        self,
+        step: int,
+        tree: PyTree,
+        metadata: Mapping[str, Any],
+        name: str | None = None,
+        wait: bool = False,
+    ) -> Path:
+        """Saves the arrays of `tree` and the JSON values of `metadata`; returns where they will be.
+
+        On return all arrays have been copied to the host (so that the next step may donate
+        them), and threads write the copy. At most one save is under way: a second one waits for
+        the first. With `wait` the checkpoint is on the disk on return.
+
+        A failure of the threads is a `SaveFailed`, raised once, by the next `save`, `wait` or
+        `close`, and at the latest at the end of the process, whose exit code is then 1. The call
+        of `save` that raises it saves nothing itself; the one after it works as usual.
+
+        Arrays may have any shape and dtype that JAX has, PRNG keys included. Python numbers among
+        the leaves are recorded, to be compared on restore; functions and the like are not.
+        `name` is `step_0000000042` unless given; a checkpoint of that name is replaced.
+        """
+        self.wait()
+        path = self._path(operator.index(step), name)
+        save = Save(path, operator.index(step), plain(metadata), snapshot(tree))
+        self._save = save
+        save.start()
+        if wait:
+            self.wait()
+        return path
+
+    def _path(self, step: int, name: str | None) -> Path:
+        if self._lock is None:
+            raise CheckpointError(
+                f"The checkpoint store of `{self.root}` is closed, and has given up its lock. "
+                "Make a new one: `CheckpointStore(root)`."
+            )
+        if step < 0:
+            raise CheckpointError(f"`step={step}`, but steps are counted from 0.")
+        if name is None:
+            name = f"step_{step:010d}"
+        if not NAME.fullmatch(name) or name == "LOCK":
+            raise CheckpointError(
+                f"`{name}` cannot be the name of a checkpoint: a name has up to 200 letters, "
+                "digits and `._=-`, starts with a letter or digit, and is not `LOCK`. Write "
+                f"`{re.sub('[^A-Za-z0-9._=-]', '_', name).lstrip('._=-')[:200] or 'last'}`."
+            )
+        path = self.root / name
+        if path.is_symlink() or (path.exists() and not looks_like_checkpoint(path)):
+            raise CheckpointError(
+                f"`{path}` exists and is not a checkpoint, so it is not replaced by one. Pass "
+                "another `name=`, or move it away."
+            )
+        return path
+
+    def wait(self) -> None:
+        """Returns when the save under way, if there is one, is on the disk; raises if it failed."""
+        if self._save is not None:
+            failure = self._save.join()
+            self._save = None
+            if failure is not None:
+                raise failure
+
+    def close(self) -> None:
+        """Waits, and gives up the lock. Raises if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def delete(self, path: str | os.PathLike[str]) -> None:
+        """Deletes a checkpoint of this folder: whole, at once, also under a kill.
+
+        While a save is under way, only after it has been committed, and not at all if it fails:
+        the last good checkpoint is never given up for one that might not come to be.
+        """
+        path = Path(path).absolute()
+        under_way = self._save
+        mine = path.parent == self.root and looks_like_checkpoint(path)
+        if not mine and (under_way is None or under_way.path != path):
+            raise CheckpointError(
+                f"`{path}` is not a checkpoint in `{self.root}`, so it is not deleted. There are "
+                f"{[entry.path.name for entry in self.entries()]}."
+            )
+        if under_way is None or not under_way.then_delete(path):
+            discard(path)
+
+    def entries(self) -> list[Entry]:
+        """See `find_checkpoints`. A save under way is not among them yet."""
+        return find_checkpoints(self.root)
+
+    def latest(self) -> Entry | None:
+        """The checkpoint of the highest step; of two of the same step the one saved later."""
+        entries = self.entries()
+        return entries[-1] if entries else None

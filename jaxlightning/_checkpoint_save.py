@@ -1,0 +1,217 @@
+"""Writing: a checkpoint behind the training's back, or the weights alone."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import PyTree
+
+from ._checkpoint_arrays import (
+    ArrayFile,
+    Checksums,
+    Snapshot,
+    as_bytes,
+    checksums,
+    is_array,
+    named_leaves,
+    on_host,
+    safetensors_header,
+)
+from ._checkpoint_files import (
+    TEMPORARY,
+    CheckpointError,
+    aside,
+    discard,
+    publish,
+    sync_folder,
+    write_durably,
+)
+from ._checkpoint_manifest import (
+    DTYPES,
+    Manifest,
+    commit_of,
+    encode_manifest,
+    now,
+    versions,
+)
+
+
+class SaveFailed(CheckpointError):
+    """A checkpoint could not be written. The cause is in `__cause__`."""
+
+
+class Save:
+    """One save under way, on threads that keep the interpreter alive until it is done: a script
+    may end just after it has saved.
+    """
+
+    def __init__(self, path: Path, step: int, metadata: dict[str, Any], taken: Snapshot):
+        self.path = path
+        self._step = step
+        self._metadata = metadata
+        self._snapshot: Snapshot | None = taken
+        self._failure: SaveFailed | None = None
+        self._deletions: list[Path] | None = []
+        self._deciding = threading.Lock()
+        self._returning = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=path.name, daemon=False)
+
+    def start(self) -> None:
+        _unsettled.add(self)
+        try:
+            self._thread.start()
+        except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
+            self._returning.set()
+            self._run()
+        self._returning.set()
+
+    def join(self) -> SaveFailed | None:
+        """Waits for the end; the failure, if it failed, has thereby been told."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        _unsettled.discard(self)
+        return self._failure
+
+    def then_delete(self, path: Path) -> bool:
+        """Whether `path` will be deleted after this save, which it is not if that is over."""
+        with self._deciding:
+            if self._deletions is not None:
+                self._deletions.append(path)
+            return self._deletions is not None
+
+    def _run(self) -> None:
+        self._returning.wait()  # or this thread would keep the interpreter from the one that saves
+        try:
+            self._write()
+        except BaseException as error:
+            self._fail(f"The checkpoint `{self.path}` was not saved", error)
+        self._snapshot = None
+        with self._deciding:
+            deletions, self._deletions = self._deletions or [], None
+        for path in deletions if self._failure is None else []:
+            try:
+                discard(path)
+            except OSError as error:
+                self._fail(f"`{path}` could not be deleted", error)
+        if self._failure is None:
+            _unsettled.discard(self)
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        self._failure = SaveFailed(f"{what} ({error}). Those saved before it are as they were.")
+        self._failure.__cause__ = error
+
+    def _write(self) -> None:
+        assert self._snapshot is not None
+        arrays, scalars = self._snapshot
+        sha256 = _beside(lambda: checksums(arrays))
+        # A process of a larger job would write the file of its own number.
+        file = ArrayFile("arrays-00000-of-00001.safetensors", arrays)
+        written = aside(self.path, TEMPORARY)
+        try:
+            written.mkdir()
+            with open(written / file.name, "xb", buffering=2**20) as stream:
+                stream.write(file.header)
+                for chunk in file.chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+            stored, index = file.described(sha256())
+            manifest = encode_manifest(
+                Manifest(
+                    name=self.path.name,
+                    step=self._step,
+                    saved_at=now(),
+                    versions=versions(),
+                    files={file.name: stored},
+                    arrays=index,
+                    scalars=scalars,
+                    metadata=self._metadata,
+                )
+            )
+            write_durably(written / "manifest.json", manifest)
+            write_durably(written / "COMMIT", commit_of(manifest))
+            sync_folder(written)
+            publish(written, self.path)
+        except BaseException:
+            shutil.rmtree(written, ignore_errors=True)
+            raise
+
+
+def _beside(work: Callable[[], Checksums]) -> Callable[[], Checksums]:
+    """Begins `work` on a thread of its own; to be called for its result."""
+    results: list[Checksums] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=False)
+    try:
+        thread.start()
+    except RuntimeError:  # as in `Save.start`; then it is done when it is asked for
+        return work
+
+    def result() -> Checksums:
+        thread.join()
+        return results[0] if results else work()
+
+    return result
+
+
+_unsettled: set[Save] = set()
+"""Saves under way, and failures that nobody has been told of."""
+
+
+@atexit.register
+def _report_lost_saves() -> None:
+    """A script that ends with its last checkpoint lost must not look like a success."""
+    failures = [failure for save in list(_unsettled) if (failure := save.join()) is not None]
+    for failure in failures:
+        traceback.print_exception(failure)
+    if failures:
+        # An exception would not change the exit code here. What else would have run at exit and
+        # matters, is the flushing of output.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+# Weights alone
+
+
+def export_weights(path: str | os.PathLike[str], tree: PyTree) -> None:
+    """Writes the arrays of a tree to one safetensors file, named by their leaf paths, for other
+    programs to read; a file of that name is replaced.
+
+    Safetensors have no PRNG keys and no dtypes of less than 8 bits: those are refused.
+    """
+    path = Path(path).absolute()
+    arrays = {name: leaf for name, leaf in named_leaves(tree) if is_array(leaf)}
+    for name, leaf in arrays.items():
+        if DTYPES.get(leaf.dtype.name) is None:
+            raise CheckpointError(
+                f"`{name}` has dtype `{leaf.dtype}`, which a safetensors file cannot hold. Cast "
+                "it, or leave it out: `eqx.filter(tree, eqx.is_inexact_array)`."
+            )
+    host = {name: on_host(leaf) for name, leaf in arrays.items()}
+    tensors = {name: (array.dtype.name, array.shape, array.nbytes) for name, array in host.items()}
+    # "pt" is what other libraries ask for before they read a file.
+    header = safetensors_header(tensors, {"format": "pt"})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = aside(path, TEMPORARY)
+    try:
+        with open(written, "xb") as stream:
+            stream.write(header)
+            for array in host.values():
+                stream.write(as_bytes(array))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
+    sync_folder(path.parent)

@@ -1,0 +1,63 @@
+"""What can be known to be wrong before any data is read or anything is compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator
+
+from jaxtyping import PyTree
+
+from ._task import TaskModule
+
+
+@contextlib.contextmanager
+def traced(task: TaskModule, method: str, batch: PyTree) -> Iterator[None]:
+    """Around the tracing of a step method: says what a wrong batch or signature looks like."""
+    _check_signature(task, method)
+    name = f"`{type(task).__name__}.{method}`"
+    try:
+        yield
+    except KeyError as error:
+        if not (isinstance(batch, dict) and error.args and error.args[0] not in batch):
+            raise
+        wanted, keys = error.args[0], sorted(map(str, batch))
+        raise KeyError(
+            f"{name} asks its batch for `{wanted}`, but the batch has the keys {keys}."
+            f"{nearest(str(wanted), keys)}"
+        ) from error
+    except Exception as error:
+        error.add_note(f"Raised while {name} was traced, before any compute.")
+        raise
+
+
+def _check_signature(task: TaskModule, method: str) -> None:
+    takes = inspect.signature(getattr(task, method))
+    gets = ["state", "batch"] if method == "train_step" else ["batch"]
+    try:
+        takes.bind(*gets, key=None)
+    except TypeError:
+        raise TypeError(
+            f"`{type(task).__name__}.{method}` takes {takes}, but is called with "
+            f"({', '.join(gets)}, key=key). Write `def {method}(self, {', '.join(gets)}, *, key): "
+            "...`; use `key` for dropout, or ignore it."
+        ) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
+
+
+def check_monitors(monitors: Iterable[str], known: Iterable[str]) -> None:
+    """**Raises:** `ValueError` for a monitor that no step produces."""
+    known = sorted(known)
+    for name in monitors:
+        if name not in known:
+            raise ValueError(
+                f"`monitor={name!r}` is a metric that no step of this run produces; there are "
+                f"{', '.join(f'`{n}`' for n in known) or 'none'}.{nearest(name, known)} "
+                "A callback that logs it itself says so in `provides()`."
+            )

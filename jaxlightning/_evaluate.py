@@ -1,0 +1,197 @@
+"""Evaluation: a task and a loader in; exact sums, or predictions, out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._checks import traced
+from ._fit import RUN_AHEAD, StepOutputs
+from ._init import empty_metrics
+from ._metrics import Metric
+from ._precision import Precision
+from ._program import Program
+from ._step import EvalStep
+from ._stream import Sums, merged, read, start_reading
+from ._task import TaskModule
+from .data import DeviceBatch, Feed
+from .parallel import Placement
+
+_PIECE = 64
+"""Batches whose sums are added in float32; beyond, on the host in float64."""
+
+
+class EvalProgram:
+    """The compiled evaluation step of one stage for the batches of one loader.
+
+    The sums and the batch's index are kept on the device from batch to batch.
+    """
+
+    def __init__(
+        self,
+        step: EvalStep,
+        task: TaskModule,
+        feed: Feed,
+        placement: Placement,
+        on_recompile: str,
+        compiler_options: dict[str, Any] | None,
+    ):
+        self._step = step
+        self._feed = feed
+        self._batch_structure = feed.structure
+        self._placement = placement
+        dynamic, self._static = eqx.partition(task, eqx.is_array)
+        self._task_structure = jax.tree.structure(dynamic)
+        outputs = abstract_outputs(step, task, feed.spec)
+        self.predicts = step.stage == "predict"
+        self.like: dict[str, Metric] = {} if self.predicts else outputs
+        self.structure = jax.tree.structure(outputs)
+        several = placement.mesh.size > 1
+        whole: dict[str, Any] = {"out_shardings": placement.replicated} if several else {}
+        self._fresh = jax.jit(
+            lambda: [jnp.int32(0), *jax.tree.leaves(empty_metrics(self.like))], **whole
+        )
+        outputs_at = None if self.predicts else placement.replicated
+        self.program = Program(
+            f"{step.stage} step",
+            self._traced,
+            donate=True,
+            on_recompile=on_recompile,
+            out_shardings=(placement.replicated, outputs_at) if several else None,
+            compiler_options=compiler_options,
+        )
+
+    def fits(self, task: TaskModule) -> bool:
+        """Whether this program can evaluate `task`: everything static is the same."""
+        dynamic, static = eqx.partition(task, eqx.is_array)
+        same = bool(jax.tree.structure(dynamic) == self._task_structure)
+        return same and bool(eqx.tree_equal(static, self._static))
+
+    def _traced(self, kept: list[jax.Array], varying: PyTree) -> Any:
+        task_leaves, key, batch_leaves = varying
+        index, *sums = kept
+        task = eqx.combine(jax.tree.unflatten(self._task_structure, task_leaves), self._static)
+        batch = jax.tree.unflatten(self._batch_structure, batch_leaves)
+        found = self._step(task, key, batch, index)
+        if not self.predicts:
+            totals = jax.tree.unflatten(jax.tree.structure(self.like), sums)
+            sums = jax.tree.leaves({name: m.merge(found[name]) for name, m in totals.items()})
+        return [index + 1, *sums], jax.tree.leaves(found)
+
+    def __call__(
+        self,
+        task: TaskModule,
+        key: PRNGKeyArray,
+        *,
+        limit: int | None,
+        before: Callable[[DeviceBatch, int], None],
+        after: Callable[[Any, DeviceBatch, int], None],
+    ) -> Iterator[list[jax.Array]]:
+        """Evaluates batch by batch; `self.sums` holds the sums after the last one.
+
+        **Yields:** each batch's output leaves: metrics, or predictions.
+        """
+        task_leaves = jax.tree.leaves(eqx.filter(task, eqx.is_array))
+        kept = self._fresh()
+        for shape in self._feed.shapes:
+            leaves = jax.tree.leaves(self._abstract(shape))
+            self.program.compile(kept, (task_leaves, key, leaves))
+        pieces: list[Sums] = []
+        ahead: deque[jax.Array] = deque()
+        for number, batch in enumerate(self._feed.epoch(0)):
+            if limit is not None and number >= limit:
+                break
+            before(batch, number)
+            kept, outputs = self.program(kept, (task_leaves, key, batch.leaves))
+            after(outputs, batch, number)
+            ahead.append(outputs[0])
+            if len(ahead) > RUN_AHEAD:
+                ahead.popleft().block_until_ready()
+            yield outputs
+            if (number + 1) % _PIECE == 0:
+                pieces.append(self._cut(kept))
+                kept = [kept[0], *self._fresh()[1:]]
+        self.sums = merged(read([*pieces, self._cut(kept)]))
+
+    def _cut(self, kept: list[jax.Array]) -> Sums:
+        sums = jax.tree.unflatten(jax.tree.structure(self.like), kept[1:])
+        start_reading(sums)
+        return sums
+
+    def _abstract(self, shape: PyTree) -> PyTree:
+        if self._placement.mesh.size == 1:
+            return shape
+        sharding = self._placement.of_batch(shape)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shape
+        )
+
+    def outputs(self, leaves: list[jax.Array]) -> Any:
+        if self.predicts:
+            return jax.tree.unflatten(self.structure, leaves)
+        return StepOutputs(leaves, self.structure)
+
+    def predictions(self, leaves: list[Any]) -> PyTree:
+        """One batch's predictions on the host."""
+        return jax.tree.unflatten(self.structure, list(map(np.asarray, jax.device_get(leaves))))
+
+
+def abstract_outputs(step: EvalStep, task: TaskModule, batch: PyTree) -> Any:
+    """What an evaluation step gives for such a batch, without computing anything."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with traced(task, f"{step.stage}_step", batch):
+        return eqx.filter_eval_shape(step.__call__, task, key, batch, 0)
+
+
+def inference(task: TaskModule) -> TaskModule:
+    """The task as it is evaluated: dropout off, running statistics."""
+    return eqx.nn.inference_mode(task)
+
+
+class Evaluator:
+    """The evaluation programs of a Trainer, by stage and loader; compiled once, used often."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        precision: Precision,
+        on_recompile: str,
+        compiler_options: dict[str, Any] | None,
+    ):
+        self._arguments = (placement, on_recompile, compiler_options)
+        self._precision = precision
+        self._programs: dict[tuple[str, str], EvalProgram] = {}
+
+    def program(self, stage: str, loader: str, task: TaskModule, feed: Feed) -> EvalProgram:
+        found = self._programs.get((stage, loader))
+        if found is None or found._feed is not feed or not found.fits(task):
+            step = EvalStep(stage, self._precision)
+            found = EvalProgram(step, task, feed, *self._arguments)
+            self._programs[stage, loader] = found
+        return found
+
+    @property
+    def compile_s(self) -> float:
+        return sum(p.program.compile_s for p in self._programs.values())
+
+    @property
+    def recompilations(self) -> int:
+        return sum(p.program.recompilations for p in self._programs.values())
+
+
+def gather(batches: list[PyTree]) -> PyTree:
+    """Predictions of all batches as one tree of numpy arrays, example by example."""
+    if not batches:
+        return None
+
+    def joined(*leaves: np.ndarray) -> np.ndarray:
+        return np.concatenate(leaves) if leaves[0].ndim else np.stack(leaves)
+
+    return jax.tree.map(joined, *batches)

@@ -1,0 +1,284 @@
+"""Saving a run and going on with it: what a checkpoint holds, and when it is taken."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ._checkpoint import CheckpointStore, find_checkpoints, restore_latest
+from ._checkpoint_read import load_arrays, read_checkpoint, read_metadata
+from ._schedule import Position
+from ._stream import MetricStream
+from ._task import TaskModule
+from .parallel import leaf_path
+
+if TYPE_CHECKING:
+    from ._fit import FitRun
+    from ._trainer import Trainer
+
+
+class Saver:
+    """Takes checkpoints of a run at its settled points, so that what they hold is consistent."""
+
+    def __init__(self) -> None:
+        self._stores: dict[Path, CheckpointStore] = {}
+        self._requests: list[tuple[Path, bool]] = []
+
+    def request(self, path: str | os.PathLike[str], weights_only: bool) -> None:
+        self._requests.append((Path(path).absolute(), weights_only))
+
+    @property
+    def asked(self) -> bool:
+        return bool(self._requests)
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves all that was asked for. Waits for the copy to the host only."""
+        requests, self._requests = self._requests, []
+        for path, weights_only in requests:
+            state = trainer.state
+            tree: PyTree = {"task": state.task} if weights_only else state
+            metadata = checkpoint_metadata(trainer, weights_only)
+            self._store(path.parent).save(trainer.global_step, tree, metadata, name=path.name)
+
+    def _store(self, root: Path) -> CheckpointStore:
+        if root not in self._stores:
+            self._stores[root] = CheckpointStore(root)
+        return self._stores[root]
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are on the disk."""
+        for store in self._stores.values():
+            store.wait()
+
+    def delete(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path).absolute()
+        self._store(path.parent).delete(path)
+
+    def close(self) -> None:
+        """Waits, and lets go of the folders."""
+        stores, self._stores = self._stores, {}
+        errors = []
+        for store in stores.values():
+            try:
+                store.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+
+def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
+    """All of a run that is not in its state, as JSON values."""
+    import jaxlightning
+
+    run, stream = trainer._run, trainer._stream
+    task = run.state.task
+    found: dict[str, Any] = {
+        "task": type(task).__qualname__,
+        "hyperparameters": task.hyperparameters(),
+        "versions": {"jaxlightning": jaxlightning.__version__, "jax": jax.__version__},
+        "position": dataclasses.asdict(run.position),
+    }
+    if weights_only:
+        return found
+    callbacks = trainer._callback_states
+    found |= {
+        "stream": stream.state_dict(),
+        "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
+        "data": trainer._sources.module.state_dict(),
+        "fixed": fixed_configuration(trainer),
+    }
+    trainer._bus.on_save_checkpoint(trainer, found)
+    return found
+
+
+def fixed_configuration(trainer: Trainer) -> dict[str, Any]:
+    """What has to be equal for a resumed run to be the same run."""
+    precision = {
+        name: value if isinstance(value, bool) else jax.numpy.dtype(value).name
+        for name, value in trainer.precision._asdict().items()
+    }
+    return {
+        "seed": trainer.seed,
+        "precision": precision,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "log_every_n_steps": trainer.log_every_n_steps,
+        "train data": trainer._run.feed.fingerprint(),
+    }
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= _flat(value, f"{prefix}{name}: ") if inner else {f"{prefix}{name}": value}
+    return found
+
+
+def check_configuration(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    """**Raises:** `ValueError` that lists all that was changed since the checkpoint."""
+    before, after = _flat(saved), _flat(now)
+    changed = [
+        f"  {name}: {before.get(name, 'absent')} in the checkpoint, {after.get(name, 'absent')} now"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
+            "the same run:\n" + "\n".join(changed) + "\nUndo the changes, or start a new run."
+        )
+
+
+def checkpoint_folder(trainer: Trainer) -> Path:
+    """Where checkpoints of this trainer go unless they are given a path."""
+    callback = trainer.checkpoint_callback
+    dirpath = getattr(callback, "dirpath", None)
+    root = trainer.log_dir or trainer.default_root_dir
+    return Path(dirpath or os.path.join(root, "checkpoints")).absolute()
+
+
+def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
+    """The path that `"last"`, `"best"` or a path stands for.
+
+    **Raises:** `FileNotFoundError` where there is no such checkpoint.
+    """
+    folder = checkpoint_folder(trainer)
+    if ckpt_path not in ("last", "best"):
+        path = Path(ckpt_path).absolute()
+        if not path.exists():
+            near = [entry.path for entry in find_checkpoints(path.parent)]
+            hint = f" That folder has {', '.join(p.name for p in near)}." if near else ""
+            raise FileNotFoundError(f"`ckpt_path={str(ckpt_path)!r}` does not exist.{hint}")
+        return path
+    trainer.wait_for_checkpoints()
+    entries = find_checkpoints(folder)
+    if not entries:
+        raise FileNotFoundError(
+            f'`ckpt_path="{ckpt_path}"`: there is no checkpoint in `{folder}`. To start without '
+            'one where there is none, write `resume="auto"`.'
+        )
+    if ckpt_path == "last":
+        return entries[-1].path
+    callback = trainer.checkpoint_callback
+    best = getattr(callback, "best_model_path", "")
+    if not best and callback is not None:
+        for entry in reversed(entries):
+            state = read_metadata(entry.path).get("callbacks", {}).get(callback.state_key)
+            if state is not None:
+                callback.load_state_dict(state)
+                best = callback.best_model_path
+                break
+    if not best:
+        raise FileNotFoundError(
+            '`ckpt_path="best"`: no `ModelCheckpoint` with a `monitor` has saved anything in '
+            f'`{folder}`. Write `ckpt_path="last"`, or a path.'
+        )
+    return Path(best)
+
+
+def restore(trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any) -> Path | None:
+    """Brings a run to where a checkpoint was taken; `"auto"`: to the latest one, if any."""
+    like = run.abstract_state()
+    if ckpt_path == "auto":
+        found = restore_latest(checkpoint_folder(trainer), like)
+        if found is None:
+            return None
+        tree, metadata, path = found
+    else:
+        path = resolve(trainer, ckpt_path)
+        if "stream" not in read_metadata(path):
+            raise ValueError(
+                f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
+                f"into a task instead: `load_weights({str(path)!r}, task)`."
+            )
+        tree, metadata = read_checkpoint(path, like)
+    check_configuration(metadata["fixed"], _as_json(fixed_configuration(trainer)), path)
+    bus = trainer._bus
+    bus.on_load_checkpoint(trainer, metadata)
+    bus.load_state_dict(metadata["callbacks"])
+    trainer._sources.module.load_state_dict(metadata["data"])
+    run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+    run.position.__dict__.update(Position(**metadata["position"]).__dict__)
+    stream.load_state_dict(metadata["stream"], run.metrics_like)
+    for logger in trainer.loggers:
+        logger.resume(run.position.step)
+    return path
+
+
+def _as_json(values: Any) -> Any:
+    """As a value comes back from JSON."""
+    if isinstance(values, dict):
+        return {str(k): _as_json(v) for k, v in values.items()}
+    if isinstance(values, list | tuple):
+        return [_as_json(v) for v in values]
+    return values
+
+
+def load_weights(path: str | os.PathLike[str], task: TaskModule) -> TaskModule:
+    """`task` with the arrays of a checkpoint, of a whole run or of weights only.
+
+    **Raises:** `ValueError` that lists what is missing and what has another shape.
+    """
+    arrays = load_arrays(path, include=r"^task/")
+    found, structure = jax.tree_util.tree_flatten_with_path(task)
+    leaves, wrong = [], []
+    for keys, leaf in found:
+        name = f"task/{leaf_path(keys)}"
+        if not eqx.is_array(leaf):
+            leaves.append(leaf)
+        elif name not in arrays:
+            wrong.append(f"  {name}: missing")
+        elif arrays[name].shape != leaf.shape:
+            wrong.append(f"  {name}: {arrays[name].shape} in the checkpoint, {leaf.shape} here")
+        else:
+            leaves.append(jax.numpy.asarray(arrays[name], leaf.dtype))
+    if wrong:
+        raise ValueError(
+            f"The checkpoint `{path}` does not fit `{type(task).__name__}`:\n" + "\n".join(wrong)
+        )
+    return jax.tree.unflatten(structure, leaves)
+
+
+def newest_version(save_dir: str, name: str) -> int | None:
+    """The number of the newest run under a logger's folder that has checkpoints."""
+    folder = Path(save_dir) / name
+    if not folder.is_dir():
+        return None
+    versions = [
+        int(match[1])
+        for path in folder.iterdir()
+        if (match := re.fullmatch(r"version_(\d+)", path.name))
+        and find_checkpoints(path / "checkpoints")
+    ]
+    return max(versions, default=None)
+
+
+def save_interrupted(trainer: Trainer, signal_name: str) -> None:
+    """Saves where a signal stopped the run, and says how to go on."""
+    if trainer._run is None or not trainer._run.leaves or trainer._stage_entry != "fit":
+        return
+    step = trainer.global_step
+    if not trainer._arguments.enable_checkpointing:
+        _say(f"{signal_name} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
+        return
+    path = checkpoint_folder(trainer) / f"interrupted-step_{step:010d}"
+    trainer._saver.request(path, False)
+    trainer._saver.save(trainer)
+    trainer._saver.wait()
+    _say(
+        f"{signal_name}: saved step {step} to `{path}`. To go on, run the same command with "
+        f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
+    )
+
+
+def _say(message: str) -> None:
+    print(f"\n{message}", file=sys.stderr, flush=True)

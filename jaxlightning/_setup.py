@@ -1,0 +1,322 @@
+"""What happens between `fit(...)` and the first step: callbacks, loggers, data, checks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+
+from ._arguments import Arguments
+from ._callback import Bus, Callback, Checkpoint, overrides
+from ._checks import check_monitors, nearest
+from ._evaluate import abstract_outputs
+from ._fit import FitRun
+from ._init import TaskSource, call_configured
+from ._optim import task_optimizer
+from ._precision import Precision
+from ._resume import newest_version
+from ._schedule import Schedule, val_batches
+from ._sources import Loaders, first_batches
+from ._step import EvalStep, TrainStep, owns_update
+from ._stream import MetricStream, NoStream
+from ._task import TaskModule, trainable_spec
+from .data import Feed
+
+if TYPE_CHECKING:
+    from ._trainer import Trainer
+
+
+# Callbacks and loggers
+
+
+def listed_callbacks(given: Any) -> list[Callback]:
+    """`callbacks` as a list.
+
+    **Raises:** `TypeError` for what is no callback.
+    """
+    listed = list(given or ()) if isinstance(given, list | tuple | None) else [given]
+    for callback in listed:
+        if not isinstance(callback, Callback):
+            what = "class" if isinstance(callback, type) else "object"
+            raise TypeError(
+                f"`callbacks` has the {what} `{callback!r}`, which is no callback. Pass instances "
+                "of `Callback`."
+            )
+        _warn_of_no_hooks(type(callback))
+    return listed
+
+
+def _warn_of_no_hooks(kind: type) -> None:
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    for name in dir(kind):
+        if name.startswith("on_") and name not in hooks:
+            warnings.warn(
+                f"`{kind.__qualname__}.{name}` looks like a hook, but there is none of that name, "
+                f"so it is never called.{nearest(name, hooks)}",
+                stacklevel=4,
+            )
+
+
+def built_in_callbacks(arguments: Arguments, given: list[Callback]) -> list[Callback]:
+    """The callbacks that the Trainer's arguments stand for."""
+    found: list[Callback] = []
+
+    def lacks(kind: type) -> bool:
+        return not any(isinstance(callback, kind) for callback in given)
+
+    if arguments.gradient_clip_val is not None:
+        from jaxlightning.callbacks import GradientClipping
+
+        algorithm = arguments.gradient_clip_algorithm or "norm"
+        found.append(GradientClipping(arguments.gradient_clip_val, algorithm))
+    if arguments.max_time is not None:
+        from jaxlightning.callbacks import Timer
+        from jaxlightning.callbacks._timer import (  # type: ignore[import-not-found]
+            parse_duration,
+        )
+
+        found.append(Timer(parse_duration(arguments.max_time, "max_time")))
+    if arguments.profiler is not None:
+        found.append(_profiler(arguments.profiler))
+    if arguments.enable_progress_bar:
+        from jaxlightning.callbacks import TQDMProgressBar
+
+        found += [TQDMProgressBar()] if lacks(TQDMProgressBar) else []
+    if arguments.enable_model_summary:
+        from jaxlightning.callbacks import ModelSummary
+
+        found += [ModelSummary()] if lacks(ModelSummary) else []
+    if arguments.enable_checkpointing:
+        from jaxlightning.callbacks import ModelCheckpoint
+
+        found += [ModelCheckpoint()] if lacks(Checkpoint) else []
+    return found
+
+
+def _profiler(profiler: Any) -> Callback:
+    if isinstance(profiler, Callback):
+        return profiler
+    if profiler == "jax":
+        from jaxlightning.callbacks import Profiler
+
+        return Profiler()
+    raise ValueError(
+        f'`profiler={profiler!r}` is unknown. Write "jax", or a callback: '
+        "`Profiler(start_step=10, num_steps=5)`."
+    )
+
+
+def refuse_switched_off(arguments: Arguments, callbacks: list[Callback]) -> None:
+    """**Raises:** `ValueError` for a callback that another argument says there is none of."""
+    saves: list[Callback] = [c for c in callbacks if isinstance(c, Checkpoint)]
+    bars = [c for c in callbacks if type(c).__name__ == "TQDMProgressBar"]
+    # Under `fast_dev_run` those that save do nothing, by themselves.
+    found: dict[str, list[Callback]] = {
+        "enable_checkpointing": [] if arguments.fast_dev_run else saves,
+        "enable_progress_bar": bars,
+    }
+    for name, contradicting in found.items():
+        if contradicting and getattr(arguments, name) is False:
+            switch = "barebones=True" if arguments.barebones else f"{name}=False"
+            raise ValueError(
+                f"`{switch}`, but `callbacks` has a `{type(contradicting[0]).__name__}`. Remove "
+                "one of the two."
+            )
+
+
+def make_loggers(logger: Any, root: str) -> list[Any]:
+    """`True`: TensorBoard; `False`: none; a logger, or several."""
+    from .loggers import Logger, TensorBoardLogger
+
+    if logger is None or logger is True:
+        return [TensorBoardLogger(root)]
+    if logger is False:
+        return []
+    loggers = list(logger) if isinstance(logger, list | tuple) else [logger]
+    for one in loggers:
+        if not isinstance(one, Logger):
+            raise TypeError(
+                f"`logger` has a `{type(one).__name__}`, which is no `Logger`. Write `True`, "
+                "`False`, or loggers such as `CSVLogger(save_dir)`."
+            )
+    return loggers
+
+
+def settle_versions(loggers: list[Any], resuming: bool) -> None:
+    """Loggers of one folder share one version; on resuming, that of the newest run."""
+    versions: dict[tuple[str, str], Any] = {}
+    for logger in loggers:
+        if not hasattr(logger, "is_settled"):
+            continue
+        place = (logger.save_dir, logger.name)
+        if not logger.is_settled:
+            newest = newest_version(*place) if resuming else None
+            if place in versions:
+                logger.version = versions[place]
+            elif newest is not None:
+                logger.version = newest
+        versions.setdefault(place, logger.version)
+
+
+def bus_for(trainer: Trainer, task: TaskModule) -> Bus:
+    """The Trainer's callbacks and the task's; of the same type, the Trainer's."""
+    types = {type(callback) for callback in trainer._given_callbacks}
+    brought = call_configured(task.configure_callbacks, task, "configure_callbacks")
+    own = [callback for callback in brought if type(callback) not in types]
+    return Bus([*trainer._given_callbacks, *own])
+
+
+# Data
+
+
+def make_feed(trainer: Trainer, loader: Any, name: str, limit: int | float) -> Feed:
+    return Feed(loader, trainer._placement, name=name, limit=limit, poll=trainer._signals.poll)
+
+
+def make_feeds(
+    trainer: Trainer, loaders: Loaders, name: str, limit: int | float
+) -> dict[str, Feed]:
+    """None where the limit is 0."""
+    if limit == 0:
+        return {}
+    several = len(loaders) > 1
+    return {
+        key: make_feed(trainer, loader, f"{name} {key!r}" if several else name, limit)
+        for key, loader in loaders.items()
+    }
+
+
+def fit_loaders(trainer: Trainer) -> tuple[Any, Loaders]:
+    """The training loader and those of validation."""
+    overfit = trainer._arguments.overfit_batches
+    train = trainer._sources.train()
+    if not overfit:
+        return train, trainer._sources.loaders("val")
+    batches = first_batches(train, overfit)
+    validates = bool(trainer._sources.loaders("val"))
+    return batches, {"": batches} if validates else {}
+
+
+# The run
+
+
+def make_schedule(arguments: Arguments, feed: Feed, validates: bool) -> Schedule:
+    length = feed.length
+    if length == 0:
+        raise ValueError(
+            "`limit_train_batches` leaves no batch to train on. To evaluate only, call "
+            "`trainer.validate`."
+        )
+    across = arguments.check_val_every_n_epoch is None
+    return Schedule(
+        epoch_batches=length,
+        max_epochs=arguments.epochs_limit,
+        max_steps=arguments.steps_limit,
+        min_epochs=arguments.min_epochs or 0,
+        min_steps=arguments.min_steps or 0,
+        log_every=arguments.log_every_n_steps or 50,
+        val_batches=val_batches(arguments.val_check_interval, length, across)
+        if validates
+        else None,
+        val_epochs=arguments.check_val_every_n_epoch,
+        validates=validates,
+        accumulate=arguments.accumulate_grad_batches,
+    )
+
+
+def refuse_for_own_update(arguments: Arguments, task: TaskModule, bus: Bus) -> None:
+    """**Raises:** `ValueError` for what belongs to the built step, which such a task replaces."""
+    name = f"`{type(task).__name__}` owns its update (it overrides `train_step`), so"
+    if Precision.named(arguments.precision) != Precision():
+        raise ValueError(f"{name} `precision={arguments.precision!r}` has no effect. Cast there.")
+    if arguments.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"{name} `accumulate_grad_batches={arguments.accumulate_grad_batches}` has no effect. "
+            "Accumulate there."
+        )
+    if arguments.gradient_clip_val is not None:
+        raise ValueError(
+            f"{name} `gradient_clip_val={arguments.gradient_clip_val}` has no effect. Use "
+            "`optax.clip_by_global_norm` there."
+        )
+    for callback in bus.callbacks:
+        for hook in ("wrap_optimizer", "inside_step", "accept_step"):
+            if overrides(callback, hook):
+                raise ValueError(
+                    f"{name} the hook `{hook}` of `{type(callback).__name__}` is never called. "
+                    "Remove the callback."
+                )
+
+
+def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> FitRun:
+    """Everything about a fit that is known before the first array is computed."""
+    arguments, bus, task = trainer._arguments, trainer._bus, source.task
+    concrete = given if isinstance(given, TaskModule) else task
+    if owns_update(task):
+        refuse_for_own_update(arguments, task, bus)
+    tx = call_configured(lambda: task_optimizer(concrete), task, "configure_optimizers")
+    if not owns_update(task):
+        import optax
+
+        tx = optax.with_extra_args_support(bus.wrap_optimizer(trainer, tx))
+    step = TrainStep(
+        spec=trainable_spec(task),
+        tx=tx,
+        precision=trainer.precision,
+        bus=bus,
+        collect=not arguments.barebones,
+    )
+    run = FitRun(
+        source=source,
+        step=step,
+        placement=trainer._placement_for(task),
+        feed=feed,
+        key=jax.random.key(arguments.seed),
+        counts_skipped=bool(bus.judges),
+        accumulate=arguments.accumulate_grad_batches,
+        steps_per_dispatch=arguments.steps_per_dispatch,
+        on_recompile=arguments.on_recompile,
+        detect_anomaly=arguments.detect_anomaly,
+        compiler_options=trainer._compiler_options,
+    )
+    run.plan(trainer._schedule, bus.needs_state)
+    check_names(trainer, run)
+    return run
+
+
+def check_names(trainer: Trainer, run: FitRun) -> None:
+    """Traces the evaluation steps, and looks up what callbacks monitor."""
+    collected = {} if trainer._arguments.barebones else run.metrics_like
+    known = {f"train/{name}" for name in collected}
+    known |= {f"{name}_epoch" for name in known}
+    known |= set(trainer._bus.provides())
+    state = run.abstract_state()
+    task = eqx.nn.inference_mode(state.task)
+    step = EvalStep("validation", trainer.precision)
+    for name, feed in trainer._val_feeds.items():
+        found = abstract_outputs(step, task, feed.spec)
+        known |= {f"val/{name}/{metric}" if name else f"val/{metric}" for metric in found}
+    check_monitors(trainer._bus.monitors(), known)
+
+
+def make_stream(trainer: Trainer, run: FitRun) -> MetricStream:
+    if trainer._arguments.barebones:
+        return NoStream()
+    return MetricStream(run.take_metrics, trainer.log_every_n_steps, trainer._deliver)
+
+
+def hyperparameters(trainer: Trainer, task: TaskModule) -> dict[str, Any]:
+    """What is logged once a run: the task's, and what of the Trainer's changes results."""
+    arguments = trainer._arguments
+    total = trainer.estimated_stepping_batches
+    return {
+        "task": type(task).__qualname__,
+        **task.hyperparameters(),
+        "seed": arguments.seed,
+        "precision": str(arguments.precision),
+        "accumulate_grad_batches": arguments.accumulate_grad_batches,
+        "total_steps": None if math.isinf(total) else int(total),
+    }

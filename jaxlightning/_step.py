@@ -1,0 +1,296 @@
+"""The pure steps: free functions from a state and a batch to a state and metrics.
+
+Everything the Trainer compiles is here, and can be called without a Trainer:
+
+    step = TrainStep(spec, tx)
+    state, metrics = jax.jit(step)(state, batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+
+from ._callback import Bus, InsideStep
+from ._metrics import Mean, Metric
+from ._outputs import Outputs, as_metrics, read_outputs
+from ._precision import Precision, cast, cast_task
+from ._state import TrainState
+from ._task import TaskModule
+
+_Carry = TypeVar("_Carry")
+
+TRAIN, VALIDATE, TEST, PREDICT, INIT = range(5)
+"""The streams of randomness: `fold_in(fold_in(root, stream), step)`."""
+
+
+def step_key(root: PRNGKeyArray, stream: int, step: Int[Array, ""] | int) -> PRNGKeyArray:
+    """The key of one step of one stream. A function, never carried."""
+    return jax.random.fold_in(jax.random.fold_in(root, stream), step)
+
+
+def total_loss(
+    terms: dict[str, Mean], weights: dict[str, Float[Array, ""]] | None = None
+) -> Float[Array, ""]:
+    """The sum over terms of total / weight, differentiable in the totals only.
+
+    `weights` are those of the whole global batch, by default the terms' own. A term of weight 0
+    counts as 0.
+    """
+    loss = jnp.float32(0.0)
+    for name, term in terms.items():
+        weight = jax.lax.stop_gradient(term.weight if weights is None else weights[name])
+        loss += jnp.where(weight == 0, 0.0, term.total / jnp.where(weight == 0, 1.0, weight))
+    return loss
+
+
+def keep_where(accepted: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `accepted`, else bitwise `old`."""
+
+    def one(a: Any, b: Any) -> Any:
+        return jnp.where(accepted, a, b) if eqx.is_array(a) else a
+
+    return jax.tree.map(one, new, old)
+
+
+class MicroBatches(NamedTuple):
+    """The batches of one step under gradient accumulation: equal ones, then a smaller one."""
+
+    equal: Sequence[PyTree]
+    ragged: PyTree | None = None
+
+
+class TrainStep(NamedTuple):
+    """One optimizer step: `state, metrics = step(state, batch)`."""
+
+    spec: PyTree[bool]
+    """Which leaves of the task are trained; see `trainable_spec`."""
+    tx: optax.GradientTransformationExtraArgs
+    precision: Precision = Precision()
+    bus: Bus = Bus(())
+    collect: bool = True
+    """Whether metrics are summed into the state."""
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Metric]]:
+        """`batch` may be `MicroBatches`, over which the step accumulates exactly."""
+        key = step_key(state.key, TRAIN, state.step)
+        if owns_update(state.task):
+            after, found = state.task.train_step(state, batch, key=key)
+            metrics = as_metrics(found, "train_step")
+            state = state.replace(task=after.task, opt_state=after.opt_state)
+        else:
+            state, metrics = self._update(state, batch, key)
+        if self.collect:
+            sums = {name: total.merge(metrics[name]) for name, total in state.metrics.items()}
+            state = state.replace(metrics=sums)
+        return state.replace(step=state.step + 1), metrics
+
+    def _update(
+        self, state: TrainState, batch: PyTree, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Metric]]:
+        scale = None if state.loss_scale is None else state.loss_scale.scale
+        gradients = self._accumulated if isinstance(batch, MicroBatches) else self._gradients
+        grads, outputs = gradients(state.task, batch, key, scale)
+        params, buffers = eqx.partition(state.task, self.spec)
+        loss = total_loss(outputs.terms)
+        accepted = None
+        if state.loss_scale is not None:
+            grads = jax.tree.map(lambda g: g / scale, grads)
+            accepted = jnp.isfinite(optax.tree.norm(grads))
+            state = state.replace(loss_scale=state.loss_scale.adjusted(accepted))
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with counters
+            updates, opt_state = self.tx.update(grads, state.opt_state, params, value=loss)
+        view = InsideStep(state.step, loss, params, grads, updates, opt_state, None)
+        if self.bus.judges:
+            verdict = self.bus.accept_step(view)
+            if state.skipped is not None:
+                # An overflow of the loss scale is no fault of the batch.
+                fault = verdict if accepted is None else verdict | ~accepted
+                state = state.replace(skipped=state.skipped.counted(fault))
+            accepted = verdict if accepted is None else verdict & accepted
+        advanced = buffers if outputs.task is None else self._buffers(outputs.task, buffers)
+        new = eqx.combine(optax.apply_updates(params, updates), advanced)
+        metrics = outputs.metrics
+        if accepted is not None:
+            new = keep_where(accepted, new, state.task)
+            opt_state = keep_where(accepted, opt_state, state.opt_state)
+            empty = {name: metric.empty() for name, metric in metrics.items()}
+            metrics = keep_where(accepted, metrics, empty)
+        found = self.bus.inside_step(view._replace(skipped=state.skipped))
+        metrics = metrics | as_metrics(found, "inside_step")
+        return state.replace(task=new, opt_state=opt_state), metrics
+
+    def _outputs(
+        self, params: PyTree, buffers: PyTree, batch: PyTree, key: PRNGKeyArray
+    ) -> Outputs:
+        task = cast_task(eqx.combine(params, buffers), self.precision.compute)
+        outputs = task.training_step(cast(batch, self.precision.compute), key=key)
+        return read_outputs(outputs, f"{type(task).__name__}.training_step")
+
+    def _buffers(self, task: TaskModule, buffers: PyTree) -> PyTree:
+        """The buffers of a task handed back, in the dtypes they had."""
+        advanced = eqx.partition(task, self.spec)[1]
+
+        def one(new: Any, old: Any) -> Any:
+            if not eqx.is_array(old):
+                return old
+            if new.shape != old.shape:
+                raise ValueError(
+                    f"The task that `training_step` returned has a buffer of shape {new.shape} "
+                    f"where it had shape {old.shape}. Buffers keep their shapes."
+                )
+            return new.astype(old.dtype)
+
+        return jax.tree.map(one, advanced, buffers)
+
+    def _gradients(
+        self,
+        task: TaskModule,
+        batch: PyTree,
+        key: PRNGKeyArray,
+        scale: Float[Array, ""] | None,
+        weights: dict[str, Float[Array, ""]] | None = None,
+    ) -> tuple[PyTree, Outputs]:
+        """Gradients of the loss; a loss of given `weights` is one part of a larger batch's."""
+        params, buffers = eqx.partition(task, self.spec)
+
+        def objective(params: PyTree) -> tuple[Shaped[Array, ""], Outputs]:
+            outputs = self._outputs(params, buffers, batch, key)
+            loss = total_loss(outputs.terms, weights)
+            dynamic = None if outputs.task is None else eqx.filter(outputs.task, eqx.is_array)
+            return loss if scale is None else loss * scale, outputs._replace(task=dynamic)
+
+        grads, outputs = jax.grad(objective, has_aux=True)(params)
+        if outputs.task is not None:
+            outputs = outputs._replace(task=eqx.combine(outputs.task, task))
+        return grads, outputs
+
+    def _accumulated(
+        self,
+        task: TaskModule,
+        batches: MicroBatches,
+        key: PRNGKeyArray,
+        scale: Float[Array, ""] | None,
+    ) -> tuple[PyTree, Outputs]:
+        """Gradients over several micro-batches, exactly as if they were one batch.
+
+        The weights come first: the same `training_step`, of which XLA keeps what the weights
+        need. Then every micro-batch's totals are differentiated over the whole batch's weights.
+        """
+        params, buffers = eqx.partition(task, self.spec)
+        dtype = jnp.promote_types(self.precision.params, jnp.float32)
+        sample = batches.equal[0] if batches.equal else batches.ragged
+        like = jax.eval_shape(
+            lambda: eqx.filter(self._outputs(params, buffers, sample, key), eqx.is_array)
+        )
+
+        def weigh(weights: PyTree, batch: PyTree, key: PRNGKeyArray) -> PyTree:
+            terms = self._outputs(params, buffers, batch, key).terms
+            return {name: weights[name] + term.weight for name, term in terms.items()}
+
+        zero = {name: jnp.float32(0.0) for name in like.terms}
+        weights = _over_micro_batches(weigh, zero, batches, key)
+
+        def accumulate(carry: Any, batch: PyTree, key: PRNGKeyArray) -> Any:
+            grads, metrics, terms, dynamic = carry
+            now = eqx.combine(dynamic, task)
+            more, outputs = self._gradients(now, batch, key, scale, weights)
+            grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, more)
+            metrics = {name: total.merge(outputs.metrics[name]) for name, total in metrics.items()}
+            terms = {name: total.merge(outputs.terms[name]) for name, total in terms.items()}
+            if outputs.task is not None:
+                advanced = self._buffers(outputs.task, eqx.partition(now, self.spec)[1])
+                dynamic = eqx.filter(eqx.combine(params, advanced), eqx.is_array)
+            return grads, metrics, terms, dynamic
+
+        def empty(metric: Metric) -> Metric:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metric).empty()
+
+        carry = (
+            jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params),
+            {name: empty(metric) for name, metric in like.metrics.items()},
+            {name: empty(term) for name, term in like.terms.items()},
+            eqx.filter(task, eqx.is_array),
+        )
+        grads, metrics, terms, dynamic = _over_micro_batches(accumulate, carry, batches, key)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        advanced = None if like.task is None else eqx.combine(dynamic, task)
+        return grads, Outputs(terms, metrics, advanced)
+
+
+def owns_update(task: TaskModule) -> bool:
+    """Whether the task overrides `train_step`."""
+    return type(task).train_step is not TaskModule.train_step
+
+
+def _over_micro_batches(
+    step: Callable[[_Carry, PyTree, PRNGKeyArray], _Carry],
+    carry: _Carry,
+    batches: MicroBatches,
+    key: PRNGKeyArray,
+) -> _Carry:
+    count = len(batches.equal)
+    if count:
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches.equal)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+        carry, _ = jax.lax.scan(lambda c, x: (step(c, *x), None), carry, (stacked, keys))
+    if batches.ragged is not None:
+        carry = step(carry, batches.ragged, jax.random.fold_in(key, count))
+    return carry
+
+
+def block_of_steps(
+    step: TrainStep, state: TrainState, batches: Sequence[PyTree], count: Int[Array, ""]
+) -> tuple[TrainState, dict[str, Metric]]:
+    """`count` steps in one program, on the first `count` of `batches`.
+
+    The loop's length is traced, so where a run is cut into blocks never changes a bit.
+
+    **Returns:** the state after the last step, and each step's metrics, stacked.
+    """
+    dynamic, static = eqx.partition(state, eqx.is_array)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+
+    def one(i: Any, carry: Any) -> Any:
+        dynamic, outputs = carry
+        batch = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), stacked)
+        state, metrics = step(eqx.combine(dynamic, static), batch)
+        write = lambda all_, x: jax.lax.dynamic_update_index_in_dim(all_, x, i, 0)
+        return eqx.filter(state, eqx.is_array), jax.tree.map(write, outputs, metrics)
+
+    like = jax.eval_shape(lambda: step(state, batches[0])[1])
+    outputs = jax.tree.map(lambda x: jnp.zeros((len(batches), *x.shape), x.dtype), like)
+    dynamic, outputs = jax.lax.fori_loop(0, count, one, (dynamic, outputs))
+    return eqx.combine(dynamic, static), outputs
+
+
+class EvalStep(NamedTuple):
+    """One evaluation step: `metrics = step(task, root, batch, index)`."""
+
+    stage: str
+    """`"validation"`, `"test"` or `"predict"`."""
+    precision: Precision = Precision()
+
+    def __call__(
+        self, task: TaskModule, root: PRNGKeyArray, batch: PyTree, index: Int[Array, ""] | int
+    ) -> Any:
+        """`task` in inference mode; `index` is the batch's, on which alone its key depends.
+
+        **Returns:** metrics, the loss included; for `"predict"`, the predictions.
+        """
+        stream = {"validation": VALIDATE, "test": TEST, "predict": PREDICT}[self.stage]
+        key = step_key(root, stream, index)
+        task = cast_task(task, self.precision.compute)
+        batch = cast(batch, self.precision.compute)
+        method = getattr(task, f"{self.stage}_step")
+        if self.stage == "predict":
+            return cast(method(batch, key=key), self.precision.output)
+        return read_outputs(
+            method(batch, key=key), f"{type(task).__name__}.{self.stage}_step"
+        ).metrics

@@ -1,0 +1,194 @@
+"""What a user writes: the model and its objective, as pure methods on a pytree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec
+from jaxtyping import PRNGKeyArray, PyTree
+
+if TYPE_CHECKING:
+    from ._callback import Callback
+    from ._state import TrainState
+
+_BUFFER = "jaxlightning_buffer"
+
+
+def buffer(**kwargs: Any) -> Any:
+    """Declares a field whose arrays are part of the task but never trained.
+
+        class Tracker(TaskModule):
+            net: eqx.nn.MLP
+            target: eqx.nn.MLP = jaxlightning.buffer()
+
+    A step changes buffers by returning `(loss, metrics, task)`. Takes the arguments of
+    `equinox.field`.
+    """
+    metadata = {**kwargs.pop("metadata", {}), _BUFFER: True}
+    return eqx.field(metadata=metadata, **kwargs)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is a floating-point or complex array, concrete or abstract."""
+    array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    return array and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _trainable_flags(tree: PyTree) -> list[bool]:
+    count = len(jax.tree.leaves(tree))
+    if isinstance(tree, eqx.nn.State | eqx.nn.StateIndex):
+        return [False] * count
+    children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)[0]
+    if len(children) == 1 and children[0][1] is tree:
+        return [is_inexact(tree)]
+    buffers: set[str] = set()
+    if isinstance(tree, eqx.Module):
+        buffers = {f.name for f in dataclasses.fields(tree) if f.metadata.get(_BUFFER)}
+    flags: list[bool] = []
+    for path, child in children:
+        if buffers and getattr(path[0], "name", None) in buffers:
+            flags += [False] * len(jax.tree.leaves(child))
+        else:
+            flags += _trainable_flags(child)
+    return flags
+
+
+class TaskModule(eqx.Module):
+    """A model and its objective. The task *is* the pytree that is trained.
+
+        class Classifier(TaskModule):
+            net: eqx.nn.MLP
+            lr: float = eqx.field(static=True, default=1e-3)
+
+            def training_step(self, batch, *, key):
+                logits = jax.vmap(self.net)(batch["x"])
+                nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+                return Mean.over(nll), {"accuracy": Accuracy.of(logits, batch["y"])}
+
+            def configure_optimizers(self):
+                return optax.adamw(self.lr)
+
+    All methods are pure: they are traced once and compiled.
+    """
+
+    def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
+        """The loss of one batch.
+
+        **Returns:** `loss`, `(loss, metrics)` or `(loss, metrics, task)`.
+
+        - `loss` is a [`Mean`][], a dict of Means (their sum is minimised, each is logged), or a
+          scalar, which counts as a Mean of weight 1.
+        - `metrics` maps names to metrics or scalars.
+        - `task` hands back advanced buffers, such as batch-norm statistics. Only leaves that are
+          not trainable are taken from it.
+        """
+        raise NotImplementedError(
+            f"`{type(self).__name__}` has no `training_step`. Write "
+            "`def training_step(self, batch, *, key): ...` and return a loss."
+        )
+
+    def validation_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
+        """As `training_step`, in inference mode. `key` depends on the batch's index only, so
+        that every validation asks the same questions."""
+        return self.training_step(batch, key=key)
+
+    def test_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
+        """As `validation_step`, which is the default."""
+        return self.validation_step(batch, key=key)
+
+    def predict_step(self, batch: PyTree, *, key: PRNGKeyArray) -> PyTree:
+        """Predictions: a pytree of arrays whose leading axis is the batch's."""
+        raise NotImplementedError(
+            f"`{type(self).__name__}` has no `predict_step`. Write "
+            "`def predict_step(self, batch, *, key): ...` and return a pytree of arrays."
+        )
+
+    def train_step(
+        self, state: TrainState, batch: PyTree, *, key: PRNGKeyArray
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Override this to own the update (GANs, reinforcement learning).
+
+        **Returns:** the state with `task` and `opt_state` replaced, and metrics. The step's
+        counter and the metrics' sums are the Trainer's.
+        """
+        raise NotImplementedError
+
+    def configure_optimizers(
+        self,
+    ) -> optax.GradientTransformation | dict[str, optax.GradientTransformation]:
+        """An optax transformation, or a dict from this task's field names to transformations,
+        each of which updates the trainable leaves of its field."""
+        raise NotImplementedError(
+            f"`{type(self).__name__}` has no `configure_optimizers`. Write "
+            "`def configure_optimizers(self): return optax.adamw(1e-3)`."
+        )
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Callbacks that this task brings along. One of the Trainer's of the same type wins."""
+        return ()
+
+    def trainable(self) -> PyTree[bool]:
+        """Which leaves are trained: a pytree of bools, or a prefix of one.
+
+        The default is every inexact array that is not a buffer. Override to freeze parts:
+
+            def trainable(self):
+                return eqx.tree_at(lambda t: t.encoder, super().trainable(), False)
+
+        Fixed for a fit. Buffers are never trained, whatever this says.
+        """
+        return jax.tree.unflatten(jax.tree.structure(self), _trainable_flags(self))
+
+    def partition_rules(self) -> Sequence[tuple[str, PartitionSpec]]:
+        """Rules `(regex on the leaf's path, PartitionSpec)` that precede the strategy's."""
+        return ()
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """What is logged and stored as hyper-parameters: by default the static fields whose
+        values JSON can hold."""
+        found = {}
+        for field in dataclasses.fields(self):
+            if field.metadata.get("static"):
+                value = getattr(self, field.name)
+                if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                    value = dataclasses.asdict(value)
+                if _is_json(value):
+                    found[field.name] = value
+        return found
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def trainable_spec(task: TaskModule) -> PyTree[bool]:
+    """`task.trainable()` as one bool a leaf, never true for a buffer."""
+    allowed = jax.tree.unflatten(jax.tree.structure(task), _trainable_flags(task))
+    asked = task.trainable()
+    try:
+        spec = jax.tree.map(
+            lambda ask, sub: jax.tree.map(lambda ok: bool(ask) and ok, sub), asked, allowed
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{type(task).__name__}.trainable()` has to return a pytree of bools with the task's "
+            "structure, or a prefix of it. Start from `super().trainable()` and change parts with "
+            f"`eqx.tree_at`. ({error})"
+        ) from error
+    if not any(jax.tree.leaves(spec)):
+        raise ValueError(
+            f"`{type(task).__name__}` has no trainable leaves: every array is a buffer, "
+            "an integer, or excluded by `trainable()`."
+        )
+    return spec

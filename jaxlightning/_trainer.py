@@ -1,0 +1,638 @@
+"""The Trainer: devices, programs, the loop and the bus, behind four verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray, PyTree
+
+from . import _setup as setting_up
+from ._arguments import Arguments, refuse_unknown
+from ._callback import Bus, Callback, Checkpoint
+from ._evaluate import Evaluator
+from ._fit import FitRun
+from ._init import TaskSource
+from ._loop import evaluate, fit_loop, predict, validate_in_fit
+from ._precision import Precision, cast_task
+from ._resume import Saver, load_weights, resolve, restore, save_interrupted
+from ._schedule import Position, Schedule, describe_schedule
+from ._signals import Interrupted, Signals
+from ._sources import Sources
+from ._state import TrainState
+from ._stream import MetricStream, NoStream, Numbers
+from ._task import TaskModule
+from .data import DataModule, Feed
+from .parallel import Placement, make_mesh, pick_devices, strategy_rules
+
+TaskOrInit = TaskModule | Callable[[PRNGKeyArray], TaskModule]
+
+
+class Trainer:
+    """Trains and evaluates tasks: `Trainer(max_epochs=3).fit(task, loader)`.
+
+    Arguments have PyTorch Lightning's names and meanings where both have them.
+
+    **How long**
+
+    - `max_epochs`, `max_steps`: limits, -1 for none; 1000 epochs if neither is set. Steps are
+      those of the optimizer.
+    - `min_epochs`, `min_steps`: requests to stop wait until both are met.
+    - `max_time`: `"DD:HH:MM:SS"`, a timedelta, or its arguments as a dict.
+
+    **How much data**
+
+    - `limit_{train,val,test,predict}_batches`: batches of a loader that are used at most: an
+      integer, or a float that is a fraction.
+    - `overfit_batches`: train on the first so many batches, unshuffled, and validate on them.
+    - `fast_dev_run`: run so many batches of everything (`True`: 1) and leave nothing behind.
+    - `reload_dataloaders_every_n_epochs`: ask the `DataModule` for a new training loader.
+
+    **When what happens**
+
+    - `val_check_interval`: batches between validations, or a fraction of an epoch.
+    - `check_val_every_n_epoch`: validate in every n-th epoch; `None`: count batches across epochs.
+    - `num_sanity_val_steps`: batches of validation before training; -1: all.
+    - `log_every_n_steps`: the length of a log interval. `explain_schedule(n)` shows all this.
+
+    **The step**
+
+    - `accumulate_grad_batches`: batches of one step, exactly as if they were one batch.
+    - `gradient_clip_val`, `gradient_clip_algorithm`: `"norm"` (default) or `"value"`.
+    - `precision`: `"32-true"`, `"bf16-mixed"`, `"bf16-true"`, `"16-mixed"`, or a `Precision`.
+    - `steps_per_dispatch`: steps in one compiled program. Blocks end where somebody looks.
+    - `deterministic`: choose deterministic kernels on GPU; CPUs and TPUs have no others.
+    - `detect_anomaly`: check every step; on NaN say in which operation it appears. Slow.
+    - `on_recompile`: `"warn"`, `"raise"` or `"ignore"`, when shapes change during a run.
+    - `seed`: of all randomness, which is a function of it and the step.
+
+    **Devices**
+
+    - `devices`: `"auto"` or -1 (all), a count, or a list of devices or of their indices.
+    - `mesh`: sizes of the axes `"data"`, `"fsdp"`, `"tensor"`, such as `{"data": -1}`, or a `Mesh`.
+    - `strategy`: `"auto"`, `"ddp"`, `"fsdp"`, or rules `(regex on a leaf's path, PartitionSpec)`.
+
+    **What listens**
+
+    - `callbacks`, `logger` (`True`: TensorBoard), `profiler` (`"jax"` or a callback),
+      `enable_checkpointing`, `enable_progress_bar`, `enable_model_summary`.
+    - `default_root_dir`: where files go, by default the current folder.
+    - `barebones`: none of these, and no metrics: only the loop.
+
+    **Raises:** `ValueError` or `TypeError` for arguments that are wrong or contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | datetime.timedelta | dict[str, int] | None = None,
+        limit_train_batches: int | float = 1.0,
+        limit_val_batches: int | float = 1.0,
+        limit_test_batches: int | float = 1.0,
+        limit_predict_batches: int | float = 1.0,
+        val_check_interval: int | float = 1.0,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        precision: str | Precision = "32-true",
+        devices: int | str | Sequence[jax.Device] = "auto",
+        strategy: str | Sequence[Any] = "auto",
+        mesh: Mapping[str, int] | Mesh | None = None,
+        deterministic: bool = False,
+        fast_dev_run: bool | int = False,
+        overfit_batches: int | float = 0,
+        detect_anomaly: bool = False,
+        profiler: str | Callback | None = None,
+        barebones: bool = False,
+        callbacks: Callback | Sequence[Callback] | None = None,
+        logger: Any = None,
+        default_root_dir: str | os.PathLike[str] | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        reload_dataloaders_every_n_epochs: int = 0,
+        steps_per_dispatch: int = 1,
+        on_recompile: str = "warn",
+        seed: int = 0,
+        **unknown: Any,
+    ):
+        given = {k: v for k, v in locals().items() if k not in ("self", "unknown")}
+        refuse_unknown(unknown)
+        listed = setting_up.listed_callbacks(callbacks)
+        self._arguments = Arguments(**given)
+        setting_up.refuse_switched_off(self._arguments, listed)
+        self._given_callbacks = [
+            *listed,
+            *setting_up.built_in_callbacks(self._arguments, listed),
+        ]
+        self.default_root_dir = os.fspath(default_root_dir or os.getcwd())
+        self.loggers = setting_up.make_loggers(self._arguments.logger, self.default_root_dir)
+        self._default_folder = ("default_root_dir",) if logger in (None, True) else ()
+        self.mesh = make_mesh(pick_devices(devices), self._arguments.mesh)
+        self._placement = Placement(self.mesh)
+        self._compiler_options = (
+            {"xla_gpu_deterministic_ops": True}
+            if deterministic and self.mesh.devices.flat[0].platform == "gpu"
+            else None
+        )
+        self.precision = Precision.named(precision)
+        self._evaluator = Evaluator(
+            self._placement, self.precision, on_recompile, self._compiler_options
+        )
+        self._bus = Bus(self._given_callbacks)
+        self._signals = Signals()
+        self._saver = Saver()
+        self._run: FitRun = None  # type: ignore[assignment]
+        self._stream: MetricStream = NoStream()
+        self._schedule = Schedule(None)
+        self._sources: Sources = None  # type: ignore[assignment]
+        self._val_feeds: dict[str, Feed] = {}
+        self._eval_feeds: dict[str, dict[str, Feed]] = {}
+        self._callback_states: dict[str, Any] | None = None
+        self._stage_entry: str | None = None
+        self.stage: str | None = None
+        self.should_stop = False
+        self.stop_reason: str | None = None
+        self.batch_idx = 0
+        self.callback_metrics: Numbers = {}
+        self.logged_metrics: Numbers = {}
+
+    # The four verbs
+
+    def fit(
+        self,
+        task: TaskOrInit,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        resume: str | None = None,
+    ) -> TaskModule:
+        """Trains `task`, which is left alone, and returns the trained one.
+
+        **Arguments:**
+
+        - `task`: a task, or a function `key -> task`, which is then initialised inside jit, so
+          that no device ever holds more than its share.
+        - `train_dataloaders`: a `DataLoader`, any iterable of batches, or a `DataModule`.
+        - `val_dataloaders`: the same, or several by name in a dict.
+        - `ckpt_path`: `"last"`, `"best"` or a path: go on from there, or fail.
+        - `resume`: `"auto"`: go on from the latest checkpoint, or start where there is none.
+        """
+        if resume not in (None, "auto"):
+            raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
+        if resume is not None and ckpt_path is not None:
+            raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
+        checkpoint = ckpt_path if resume is None else resume
+        passed = {"train": train_dataloaders, "val": val_dataloaders}
+        sources = Sources("fit", passed, datamodule)
+        if self._arguments.reload_dataloaders_every_n_epochs and not sources.from_module:
+            raise ValueError(
+                "`reload_dataloaders_every_n_epochs` asks a `DataModule` for new loaders, but "
+                "`fit` got loaders. Pass a `DataModule`."
+            )
+        source = TaskSource(task)
+        self._begin_fit()
+        with self._entered("fit", sources, source.task, resuming=checkpoint in ("last", "auto")):
+            train, val = setting_up.fit_loaders(self)
+            limits = self._arguments
+            feed = setting_up.make_feed(self, train, "training", limits.limit_train_batches)
+            self._val_feeds = setting_up.make_feeds(
+                self, val, "validation", limits.limit_val_batches
+            )
+            self._schedule = setting_up.make_schedule(limits, feed, bool(self._val_feeds))
+            self._run = run = setting_up.build_fit(self, source, task, feed)
+            self._stream = stream = setting_up.make_stream(self, run)
+            if checkpoint is None or restore(self, run, stream, checkpoint) is None:
+                run.initialise()
+            self._log_hyperparameters(source.task)
+            self._bus.on_fit_start(self)
+            run.compile(self._signals.poll)
+            self._sanity_check()
+            with self._stage_of("train"):
+                self._bus.on_train_start(self)
+                fit_loop(self, run, stream)
+                run.wait()
+                stream.flush()
+                self._bus.on_checkpoint(self, "end")
+                self._save_requested()
+                self._bus.on_train_end(self)
+            self._bus.on_fit_end(self)
+        return self._bus.evaluation_task(self, self._run.state.task)
+
+    def validate(
+        self,
+        task: TaskModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> Numbers:
+        """Evaluates `validation_step` over whole loaders; returns `{"val/...": number}`.
+
+        `task` is by default that of the latest fit; `ckpt_path` (`"best"`, `"last"` or a path)
+        loads its arrays first.
+        """
+        stage = ("validate", "validation", "val")
+        return self._evaluate(*stage, task, dataloaders, datamodule, ckpt_path)
+
+    def test(
+        self,
+        task: TaskModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+    ) -> Numbers:
+        """As `validate`, for `test_step`; returns `{"test/...": number}`."""
+        stage = ("test", "test", "test")
+        return self._evaluate(*stage, task, dataloaders, datamodule, ckpt_path)
+
+    def predict(
+        self,
+        task: TaskModule | None = None,
+        dataloaders: Any = None,
+        *,
+        datamodule: DataModule | None = None,
+        ckpt_path: str | os.PathLike[str] | None = None,
+        return_predictions: bool = True,
+    ) -> Any:
+        """Runs `predict_step` over whole loaders.
+
+        **Returns:** what the step returns, as numpy arrays over all examples; by name for several
+        loaders. `None` without `return_predictions`, for callbacks that write predictions.
+        """
+        with self._evaluating("predict", "predict", task, dataloaders, datamodule, ckpt_path) as (
+            concrete,
+            key,
+        ):
+            found = predict(self, self._eval_feeds["predict"], concrete, key, return_predictions)
+        if not return_predictions:
+            return None
+        return found[""] if list(found) == [""] else found
+
+    def _evaluate(
+        self, entry: str, stage: str, kind: str, task: Any, loaders: Any, module: Any, path: Any
+    ) -> Numbers:
+        with self._evaluating(entry, kind, task, loaders, module, path) as (concrete, key):
+            return evaluate(self, stage, self._eval_feeds[kind], concrete, key)
+
+    @contextlib.contextmanager
+    def _evaluating(
+        self, entry: str, kind: str, task: Any, loaders: Any, module: Any, path: Any
+    ) -> Iterator[tuple[TaskModule, PRNGKeyArray]]:
+        """Around an evaluation: the task on the devices, the data opened."""
+        sources = Sources(entry, {kind: loaders}, module)
+        fitted = task is None
+        if task is None:
+            if self._run is None:
+                raise ValueError(
+                    f"`{entry}` got no task, and nothing has been fitted. Pass a task."
+                )
+            task = self._bus.evaluation_task(self, self._run.state.task)
+        if not isinstance(task, TaskModule):
+            what = f"class `{task.__name__}`" if isinstance(task, type) else type(task).__name__
+            raise TypeError(f"`{entry}` got the {what} as its task. Pass a `TaskModule`.")
+        with self._entered(entry, sources, task, resuming=False):
+            if path is not None:
+                task = load_weights(resolve(self, path), task)
+            if not fitted or path is not None:
+                task = self._placed_task(task)
+            limit = getattr(self._arguments, f"limit_{kind}_batches")
+            feeds = setting_up.make_feeds(self, sources.loaders(kind), kind, limit)
+            if not feeds:
+                raise ValueError(
+                    f"`{entry}` has nothing to do: there are no {kind} loaders, or "
+                    f"`limit_{kind}_batches` is 0."
+                )
+            self._eval_feeds[kind] = feeds
+            key = jax.device_put(jax.random.key(self.seed), self._placement.replicated)
+            with self._stage_of(entry):
+                yield task, key
+
+    def _placed_task(self, task: TaskModule) -> TaskModule:
+        task = cast_task(task, self.precision.params)
+        arrays, static = eqx.partition(task, eqx.is_array)
+        shardings = self._placement_for(task).of_state({"task": arrays})
+        leaves, structure = jax.tree.flatten(arrays)
+        return eqx.combine(jax.tree.unflatten(structure, jax.device_put(leaves, shardings)), static)
+
+    def _placement_for(self, task: TaskModule) -> Placement:
+        strategy = strategy_rules(self._arguments.strategy)
+        return Placement(self.mesh, [*task.partition_rules(), *strategy])
+
+    # Around an entry point
+
+    @contextlib.contextmanager
+    def _entered(
+        self, entry: str, sources: Sources, task: TaskModule, resuming: bool
+    ) -> Iterator[None]:
+        """Set-up and teardown of an entry point, and what happens when it is cut short."""
+        self._sources, self._stage_entry = sources, entry
+        setting_up.settle_versions(self.loggers, resuming)
+        status = "failed"
+        try:
+            with self._signals:
+                try:
+                    for logger in self.loggers:
+                        logger.check(*self._default_folder)
+                    sources.module.prepare_data()
+                    sources.module.setup(entry)
+                    self._bus = setting_up.bus_for(self, task)
+                    self._bus.setup(self, entry)
+                    yield
+                    status = "success"
+                except Interrupted as stop:
+                    status = "interrupted"
+                    save_interrupted(self, str(stop))
+                    self._bus.on_exception(self, KeyboardInterrupt(str(stop)))
+                    raise SystemExit(stop.exit_code) from None
+                except BaseException as error:
+                    self._on_exception(error)
+                    raise
+        finally:
+            self._stage_entry = self.stage = None
+            try:
+                self._saver.close()
+            finally:
+                for logger in self.loggers:
+                    logger.finalize(status)
+                self._bus.teardown(self, entry)
+                sources.module.teardown(entry)
+
+    def _on_exception(self, error: BaseException) -> None:
+        """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""
+        try:
+            self._bus.on_exception(self, error)
+            if self._stage_entry == "fit" and self._run is not None and self._run.leaves:
+                self._bus.on_checkpoint(self, "exception")
+                self._saver.save(self)
+            self._sources.module.on_exception(error)
+        except Exception as second:
+            error.add_note(f"While this was handled, {type(second).__name__}: {second}")
+
+    def _begin_fit(self) -> None:
+        self.should_stop, self.stop_reason = False, None
+        self._run = None  # type: ignore[assignment]
+        self.callback_metrics, self.logged_metrics = {}, {}
+
+    def _log_hyperparameters(self, task: TaskModule) -> None:
+        if self.loggers:
+            parameters = setting_up.hyperparameters(self, task)
+            for logger in self.loggers:
+                logger.log_hyperparams(parameters)
+
+    def _sanity_check(self) -> None:
+        steps = self._arguments.num_sanity_val_steps
+        if not steps or not self._val_feeds:
+            return
+        self._bus.on_sanity_check_start(self)
+        validate_in_fit(self, self._run, limit=steps if steps > 0 else 2**31)
+        self._bus.on_sanity_check_end(self)
+
+    def _reload_data(self) -> None:
+        every, epoch = self._arguments.reload_dataloaders_every_n_epochs, self.current_epoch
+        if every and epoch and epoch % every == 0:
+            train, _ = setting_up.fit_loaders(self)
+            limit = self._arguments.limit_train_batches
+            self._run.feed = setting_up.make_feed(self, train, "training", limit)
+
+    @contextlib.contextmanager
+    def _stage_of(self, stage: str) -> Iterator[None]:
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
+
+    # What the loop asks
+
+    def _is_over(self) -> bool:
+        at = self._run.position
+        if self._schedule.finished(at):
+            return True
+        return self.should_stop and self._schedule.may_stop(at)
+
+    def _validation_due(self) -> bool:
+        """By the schedule, or, as in Lightning, because the fit is about to be stopped."""
+        at, schedule = self._run.position, self._schedule
+        if schedule.validates_at(at):
+            return True
+        if not (self.should_stop and schedule.validates and schedule.may_stop(at)):
+            return False
+        return schedule.val_epochs is None or (at.epoch + 1) % schedule.val_epochs == 0
+
+    def _deliver(self, numbers: Numbers, step: int) -> None:
+        """The metrics of a log interval have reached the host."""
+        self.callback_metrics |= numbers
+        self._bus.on_log(self, numbers, step)
+        self._record(numbers, step)
+
+    def _record(self, numbers: Numbers, step: int | None = None) -> None:
+        """Makes numbers known to callbacks and loggers."""
+        if not numbers:
+            return
+        step = self.global_step if step is None else step
+        self.callback_metrics |= numbers
+        scalars = {name: value for name, value in numbers.items() if np.ndim(value) == 0}
+        self.logged_metrics = scalars
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step)
+
+    def _save_requested(self) -> None:
+        if self._saver.asked:
+            self._stream.flush()
+            for logger in self.loggers:
+                logger.save()
+            self._saver.save(self)
+
+    # For callbacks and users
+
+    def stop(self, reason: str) -> None:
+        """Asks the fit to stop after this step, once `min_epochs` and `min_steps` are met."""
+        self.should_stop, self.stop_reason = True, reason
+
+    def log(self, name: str, value: Any) -> None:
+        """Logs one number now, at the current step. A value on the device is waited for."""
+        self.log_dict({name: value})
+
+    def log_dict(self, metrics: Mapping[str, Any]) -> None:
+        """Logs several numbers now, at the current step."""
+        self._record({name: float(value) for name, value in metrics.items()})
+
+    def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool = False) -> None:
+        """Saves to the folder `path`. Asynchronous: it blocks for the copy to the host only.
+
+        During a fit, the checkpoint is taken at the next settled point: after the current step
+        and all that it causes, so that what it holds is consistent.
+        """
+        if self._run is None:
+            raise RuntimeError("There is nothing to save before `fit`.")
+        self._saver.request(path, weights_only)
+        if self._stage_entry is None:
+            self._saver.save(self)
+
+    def wait_for_checkpoints(self) -> None:
+        """Returns when all checkpoints are on the disk."""
+        self._saver.wait()
+
+    def delete_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        self._saver.delete(path)
+
+    def explain_schedule(self, steps: int) -> str:
+        """Which hook fires at which of the next steps. For a Trainer that has begun a fit."""
+        return describe_schedule(self._schedule.explain(steps, self._position))
+
+    @property
+    def state(self) -> TrainState:
+        """The state: a view that is valid until the next step."""
+        if self._run is None:
+            raise RuntimeError("There is no state before `fit` has set it up.")
+        return self._run.state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._run.state = state
+
+    @property
+    def task(self) -> TaskModule:
+        return self.state.task
+
+    @task.setter
+    def task(self, task: TaskModule) -> None:
+        self.state = self.state.replace(task=task)
+
+    @property
+    def _position(self) -> Position:
+        return Position() if self._run is None else self._run.position
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken."""
+        return self._position.step
+
+    @property
+    def current_epoch(self) -> int:
+        return self._position.epoch
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self._position.last
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self.stage == "sanity_check"
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """All callbacks, in the order in which they are told."""
+        return self._bus.callbacks
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        """The first callback that saves, or `None`."""
+        return next((c for c in self.callbacks if isinstance(c, Checkpoint)), None)
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        """The first `EarlyStopping`, or `None`."""
+        return next((c for c in self.callbacks if type(c).__name__ == "EarlyStopping"), None)
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or `None`."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of the first logger that has one."""
+        return next((x.log_dir for x in self.loggers if x.log_dir is not None), None)
+
+    @property
+    def progress_bar_metrics(self) -> Numbers:
+        """The latest numbers, without the epochs' aggregates."""
+        return {
+            name: value
+            for name, value in self.callback_metrics.items()
+            if not name.endswith("_epoch") and np.ndim(value) == 0
+        }
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps of the whole fit; infinity where nobody can know."""
+        return self._schedule.total_steps
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Loader batches in an epoch; infinity where the loader has no length."""
+        length = self._schedule.epoch_batches
+        return math.inf if length is None else length
+
+    @property
+    def num_val_batches(self) -> list[int | float]:
+        return _lengths(self._val_feeds)
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        return _lengths(self._eval_feeds.get("test", {}))
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        return _lengths(self._eval_feeds.get("predict", {}))
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that training has waited for data."""
+        return 0.0 if self._run is None else self._run.feed.wait_s
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent on compiling."""
+        own = 0.0 if self._run is None else self._run.program.compile_s
+        return own + self._evaluator.compile_s
+
+    @property
+    def num_recompiles(self) -> int:
+        """Compilations that nothing had announced."""
+        own = 0 if self._run is None else self._run.program.recompilations
+        return own + self._evaluator.recompilations
+
+    @property
+    def train_batch_spec(self) -> PyTree:
+        """The shapes and dtypes of a loader's batch."""
+        return self._run.batch_spec
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The training step as it is compiled: `.as_text()` is its StableHLO."""
+        return self._run.program.lower(*self._run.usual_arguments())
+
+    def train_step_jaxpr(self) -> Any:
+        """The training step, for the usual batch, as a jaxpr."""
+        return jax.make_jaxpr(self._run._traced_step)(*self._run.usual_arguments())
+
+    def __getattr__(self, name: str) -> Any:
+        """The arguments, under their names: `trainer.max_epochs`."""
+        arguments = self.__dict__.get("_arguments")
+        if arguments is None or name.startswith("_") or not hasattr(arguments, name):
+            raise AttributeError(f"`Trainer` has no attribute `{name}`.")
+        return getattr(arguments, name)
+
+
+def _lengths(feeds: dict[str, Feed]) -> list[int | float]:
+    return [math.inf if feed.length is None else feed.length for feed in feeds.values()]

@@ -1,0 +1,252 @@
+"""From a loader to arrays on the devices: read ahead in a thread, checked, placed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxlightning.parallel import Placement, leaf_path
+
+from ._loader import abstract, check_leading_axes
+
+
+class DeviceBatch(NamedTuple):
+    """A batch on the devices, with its leaves, which is what a compiled step takes."""
+
+    batch: PyTree
+    leaves: list[jax.Array]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Feed:
+    """A loader as the loop sees it: epochs of `DeviceBatch`es, and what they look like.
+
+    Reads the first batch at construction, to learn and check its shapes.
+
+    **Arguments:**
+
+    - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or any iterable.
+    - `limit`: batches in an epoch at most: an integer, or a fraction of the loader's length.
+    - `poll`: called while waiting for data; may raise.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        placement: Placement,
+        *,
+        name: str,
+        limit: int | float = 1.0,
+        prefetch: int = 2,
+        poll: Callable[[], None] = lambda: None,
+    ):
+        if not isinstance(loader, Iterable) and not hasattr(loader, "batches"):
+            raise TypeError(
+                f"The {name} data is a `{type(loader).__name__}`, which is no loader. Pass a "
+                "`DataLoader`, a `DataModule`, or any iterable of batches."
+            )
+        self.loader = loader
+        self.name = name
+        self.wait_s = 0.0
+        self._placement = placement
+        self._prefetch = prefetch
+        self._poll = poll
+        self._opened: Iterator[PyTree] | None = None
+        length = len(loader) if hasattr(loader, "__len__") else None
+        self.counted = length is not None
+        """Whether the loader knows its length."""
+        self.length = _limited(length, limit, name)
+        first = self._first()
+        check_leading_axes(first, f"The first {name} batch")
+        _check_finite(first, name)
+        self.structure = jax.tree.structure(first)
+        self.spec = abstract(first)
+        self._resident = self._all_on_device()
+
+    def _first(self) -> PyTree:
+        for first in self._raw(0, 0):
+            if not hasattr(self.loader, "batches") and isinstance(self.loader, Iterator):
+                self._opened = chain([first], self.loader)
+            return first
+        raise ValueError(
+            f"The {self.name} data is empty: its loader, a `{type(self.loader).__name__}`, gave "
+            "no batch."
+        )
+
+    def _raw(self, epoch: int, start: int) -> Iterator[PyTree]:
+        if hasattr(self.loader, "batches"):
+            return self.loader.batches(epoch, start)
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            return opened
+        return islice(iter(self.loader), start, None)
+
+    def _all_on_device(self) -> list[DeviceBatch] | None:
+        """The batches themselves, where they are a list of arrays that already lie right."""
+        if not isinstance(self.loader, list | tuple):
+            return None
+        for batch in self.loader:
+            if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(batch)):
+                return None
+        return [self._checked(batch) for batch in self.loader]
+
+    def _checked(self, batch: PyTree) -> DeviceBatch:
+        structure = jax.tree.structure(batch)
+        if structure != self.structure:
+            raise ValueError(
+                f"A {self.name} batch has the structure {structure}, but the first one had "
+                f"{self.structure}. All batches have to be alike."
+            )
+        check_leading_axes(batch, f"A {self.name} batch")
+        placed = self._placement.put(batch)
+        leaves = jax.tree.leaves(placed)
+        return DeviceBatch(placed, leaves, tuple(leaf.shape for leaf in leaves))
+
+    @property
+    def shapes(self) -> list[PyTree]:
+        """Abstract batches of every announced shape, the usual one first."""
+        announced = getattr(self.loader, "batch_shapes", None)
+        if announced is not None:
+            complete = not isinstance(self.length, int) or self.length >= len(self.loader)
+            return list(announced) if complete else [self.spec]
+        if isinstance(self.loader, list | tuple):
+            sizes = map(abstract, self.loader[: self.length])
+            return list({str(size): size for size in sizes}.values())
+        return [self.spec]
+
+    def marked(self, epoch: int, start: int = 0) -> Iterator[tuple[DeviceBatch, bool]]:
+        """As `epoch`, and with each batch whether it is the last one. Where the loader does not
+        know its length that takes reading one batch ahead."""
+        if self.counted:
+            taken = start
+            for taken, batch in enumerate(self.epoch(epoch, start), start + 1):
+                yield batch, taken == self.length
+            if self.length is not None and taken < self.length:
+                raise ValueError(
+                    f"The {self.name} loader says that it has {self.length} batches (`__len__`), "
+                    f"but gave {taken}."
+                )
+            return
+        batches = self.epoch(epoch, start)
+        held = next(batches, None)
+        while held is not None:
+            following = next(batches, None)
+            yield held, following is None
+            held = following
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[DeviceBatch]:
+        """The batches of one epoch, from number `start` on, limited."""
+        stop = self.length
+        if self._resident is not None:
+            yield from self._resident[start:stop]
+            return
+        count = None if stop is None else max(stop - start, 0)
+        batches = map(self._checked, islice(self._raw(epoch, start), count))
+        reader = _ReadAhead(batches, self._prefetch, self._poll)
+        try:
+            for batch in reader:
+                yield batch
+                self.wait_s = self.wait_s + reader.wait_s
+                reader.wait_s = 0.0
+        finally:
+            reader.close()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the loader, to notice that it was changed."""
+        own = getattr(self.loader, "fingerprint", None)
+        found = own() if callable(own) else {"source": type(self.loader).__name__}
+        shapes = jax.tree_util.tree_flatten_with_path(self.spec)[0]
+        spec = {leaf_path(p): f"{x.dtype}{list(x.shape)}" for p, x in shapes}
+        return found | {"length": self.length, "batch": spec}
+
+
+def _limited(length: int | None, limit: int | float, name: str) -> int | None:
+    if isinstance(limit, int) and not isinstance(limit, bool):
+        return limit if length is None else min(limit, length)
+    if length is None:
+        if limit == 1.0:
+            return None
+        raise ValueError(
+            f"The {name} data has no length, so {limit} of it is unknown. Limit it with an integer."
+        )
+    return int(length * limit) if limit == 0 or int(length * limit) > 0 else 1
+
+
+def _check_finite(batch: PyTree, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        array = np.asarray(leaf)
+        if jax.dtypes.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            where = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise ValueError(
+                f"The first {name} batch is not finite: `{leaf_path(path)}` holds "
+                f"{array[tuple(where)]} at {where}. Clean the data before training on it."
+            )
+
+
+_END = object()
+
+
+class _Failure(NamedTuple):
+    error: BaseException
+
+
+class _ReadAhead:
+    """Runs an iterator in a thread, at most `depth` items ahead."""
+
+    def __init__(self, items: Iterator[Any], depth: int, poll: Callable[[], None]):
+        self.wait_s = 0.0
+        self._poll = poll
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        for _ in range(max(depth, 1)):
+            self._room.put(True)
+        self._thread = threading.Thread(
+            target=self._run, args=(items,), name="jaxlightning-feed", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, items: Iterator[Any]) -> None:
+        try:
+            while self._room.get():
+                item = next(items, _END)
+                self._ready.put(item)
+                if item is _END:
+                    return
+        except BaseException as error:
+            self._ready.put(_Failure(error))
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                item = self._ready.get_nowait()
+            except queue.Empty:
+                item = self._wait()
+            if item is _END:
+                return
+            if isinstance(item, _Failure):
+                raise item.error
+            self._room.put(True)
+            yield item
+
+    def _wait(self) -> Any:
+        start = time.perf_counter()
+        while True:
+            self._poll()
+            try:
+                item = self._ready.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            self.wait_s += time.perf_counter() - start
+            return item
+
+    def close(self) -> None:
+        """Lets the thread end after the item it is reading."""
+        self._room.put(False)

@@ -1,0 +1,237 @@
+"""A loader whose whole state is one integer: the number of global batches taken."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, PyTree
+
+Rows = Int[np.ndarray, " rows"]
+
+
+class DataLoader:
+    """Batches of rows of a source, shuffled by (seed, epoch).
+
+        DataLoader({"x": images, "y": labels}, batch_size=32, shuffle=True)
+
+    It shuffles and slices row numbers, then makes one read a batch. The order of an epoch is a
+    function of `(seed, epoch)` and a batch one of `(seed, epoch, index)`, so going on in the
+    middle reads nothing that was skipped.
+
+    **Arguments:**
+
+    - `source`: a pytree of arrays with equal leading axes; or anything with `__len__` whose
+      `__getitem__` takes an array of row numbers and returns a batch; or a map-style
+      `datasets.Dataset`.
+    - `batch_size`: rows in a batch, over all devices.
+    - `shuffle`, `seed`: whether and how to permute the rows; each epoch differently.
+    - `drop_last`: whether to leave out the last, smaller batch of an epoch. By default it is
+      announced to the Trainer, which compiles a program for it.
+    - `transform`: a function from batch to batch, run in the Trainer's prefetch thread.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        transform: Callable[[PyTree], PyTree] | None = None,
+    ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size={batch_size!r}` has to be a positive integer.")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"`seed={seed!r}` has to be an integer of at least 0.")
+        self.source = source
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.transform = transform
+        self._rows, self._read = _reader(source)
+        if self._rows == 0:
+            raise ValueError("The `source` of this `DataLoader` is empty: it has no rows.")
+        if len(self) == 0:
+            raise ValueError(
+                f"A `source` of {self._rows} rows gives no batch of {batch_size} with "
+                "`drop_last=True`. Make `batch_size` smaller, or write `drop_last=False`."
+            )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(self._rows, self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return self.batches(0)
+
+    def order(self, epoch: int) -> Rows:
+        """The row numbers of an epoch, in the order in which they are read."""
+        if not self.shuffle:
+            return np.arange(self._rows)
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        return generator.permutation(self._rows)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[PyTree]:
+        """The batches of an epoch from number `start` on."""
+        order = self.order(epoch)
+        for index in range(start, len(self)):
+            yield self._batch(order[index * self.batch_size : (index + 1) * self.batch_size])
+
+    def _batch(self, rows: Rows) -> PyTree:
+        batch = self._read(rows)
+        if self.transform is None:
+            return batch
+        try:
+            return self.transform(batch)
+        except Exception as error:
+            error.add_note(f"Raised by `transform` of a `DataLoader` on the rows {rows.tolist()}.")
+            raise
+
+    @property
+    def batch_shapes(self) -> list[PyTree]:
+        """Abstract batches, one of each shape that an epoch contains. Reads two batches."""
+        sizes = [min(self.batch_size, self._rows)]
+        rest = self._rows % self.batch_size
+        if rest and not self.drop_last and self._rows > self.batch_size:
+            sizes.append(rest)
+        return [abstract(self._batch(np.arange(size))) for size in sizes]
+
+    def unshuffled(self) -> DataLoader:
+        """The same loader in the source's order."""
+        return DataLoader(
+            self.source,
+            self.batch_size,
+            seed=self.seed,
+            drop_last=self.drop_last,
+            transform=self.transform,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What has to be equal for two loaders to give the same batches."""
+        name = getattr(self.transform, "__qualname__", type(self.transform).__name__)
+        own = getattr(self.source, "fingerprint", None)
+        return {
+            "source": own() if callable(own) else type(self.source).__name__,
+            "rows": self._rows,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "drop_last": self.drop_last,
+            "transform": None if self.transform is None else name,
+        }
+
+
+def abstract(batch: PyTree) -> PyTree:
+    """The shapes and dtypes of a batch, as a device will hold it."""
+
+    def one(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        array = np.asarray(leaf) if not isinstance(leaf, jax.Array) else leaf
+        if array.dtype.kind in "OSUMm":
+            raise TypeError(
+                f"A batch has the leaf `{jax.tree_util.keystr(path, simple=True, separator='/')}` "
+                f"of dtype {array.dtype}, which no device can hold. Turn it into numbers, or leave "
+                "it out of the batch."
+            )
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        return jax.ShapeDtypeStruct(array.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
+    if hasattr(source, "with_format") and hasattr(source, "column_names"):
+        dataset = source.with_format("numpy")
+        return len(dataset), lambda rows: dict(dataset[rows.tolist()])
+    arrays = jax.tree.leaves(source)
+    if arrays and all(isinstance(leaf, np.ndarray | jax.Array) for leaf in arrays):
+        held = jax.tree.map(np.asarray, source)
+        check_leading_axes(held, "The `source` of this `DataLoader`", scalars=False)
+        return len(jax.tree.leaves(held)[0]), lambda rows: jax.tree.map(lambda x: x[rows], held)
+    if isinstance(source, dict | list | tuple) and arrays:
+        odd = next(leaf for leaf in arrays if not isinstance(leaf, np.ndarray | jax.Array))
+        raise TypeError(
+            f"The `source` of a `DataLoader` is a `{type(source).__name__}` that holds a "
+            f"`{type(odd).__name__}` where arrays are expected. Write `numpy.asarray(...)` around "
+            "each column."
+        )
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
+        return len(source), lambda rows: source[rows]
+    raise TypeError(
+        f"The `source` of a `DataLoader` is a `{type(source).__name__}`. It has to be a pytree of "
+        "arrays, a map-style `datasets.Dataset`, or an object with `__len__` and "
+        "`__getitem__(rows)`."
+    )
+
+
+def check_leading_axes(batch: PyTree, what: str, scalars: bool = True) -> None:
+    """**Raises:** `ValueError` where the leaves of a batch disagree on its size, or, unless
+    `scalars` are fine, have none."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    for path, leaf in leaves:
+        if not (scalars or np.ndim(leaf)):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{what} has a scalar, `{name}`, where rows are expected.")
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf)[0]
+        for path, leaf in leaves
+        if np.ndim(leaf)
+    }
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"`{path}`: {size}" for path, size in sizes.items())
+        raise ValueError(
+            f"{what} has leaves whose leading axes differ ({listed}). The leading axis is the "
+            "batch's and has to be equal in all leaves."
+        )
+
+
+@dataclasses.dataclass
+class DataModule:
+    """Data as one object: what to prepare, and a loader for each stage.
+
+    class Digits(DataModule):
+        def setup(self, stage):
+            self.x, self.y = load()
+
+        def train_dataloader(self):
+            return DataLoader({"x": self.x, "y": self.y}, 32, shuffle=True)
+    """
+
+    def prepare_data(self) -> None:
+        """Downloads and other work that is done once a machine."""
+
+    def setup(self, stage: str) -> None:
+        """Before loaders are asked for. `stage`: `"fit"`, `"validate"`, `"test"`, `"predict"`."""
+
+    def teardown(self, stage: str) -> None:
+        """After the stage, also after an exception."""
+
+    def train_dataloader(self) -> Any:
+        raise NotImplementedError(_missing(self, "train_dataloader"))
+
+    def val_dataloader(self) -> Any:
+        """A loader, or a dict from names to loaders. `None`: no validation."""
+        return None
+
+    def test_dataloader(self) -> Any:
+        raise NotImplementedError(_missing(self, "test_dataloader"))
+
+    def predict_dataloader(self) -> Any:
+        raise NotImplementedError(_missing(self, "predict_dataloader"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def on_exception(self, exception: BaseException) -> None: ...
+
+
+def _missing(module: DataModule, method: str) -> str:
+    return f"`{type(module).__name__}` has no `{method}`. Write one that returns a `DataLoader`."

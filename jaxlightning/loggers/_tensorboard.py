@@ -1,0 +1,124 @@
+"""Metrics for TensorBoard, through tensorboardX."""
+
+from __future__ import annotations
+
+import glob
+import time
+from collections.abc import Mapping
+from typing import Any, SupportsFloat
+
+from ._logger import FileLogger, as_json, as_record
+
+_FLUSH_S = 10.0
+"""How old what TensorBoard shows may be. Flushing waits for the disk."""
+
+
+class TensorBoardLogger(FileLogger):
+    """Writes event files: `tensorboard --logdir {save_dir}` shows them.
+
+    Hyper-parameters appear in the HPARAMS tab, beside all metrics, and in `hparams.json`. After a
+    `resume`, a new event file tells TensorBoard to forget what the older ones say of later steps.
+    """
+
+    _writer: Any = None
+    _flushed = 0.0
+    _has_session = False
+    _resumed_at: int | None = None
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
+
+        super().log_hyperparams(params)
+        start = SessionStartInfo(start_time_secs=time.time())
+        for name, value in flatten(as_json(params)).items():
+            if isinstance(value, bool):
+                start.hparams[name].bool_value = value
+            elif isinstance(value, int | float):
+                start.hparams[name].number_value = value
+            else:
+                start.hparams[name].string_value = str(value)
+        self._has_session = True
+        self._write_session(
+            "_hparams_/session_start_info", HParamsPluginData(session_start_info=start)
+        )
+        self.save()
+
+    def log_metrics(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        record = as_record(metrics, step)
+        values = [Summary.Value(tag=name, simple_value=record[name]) for name in metrics]
+        self._write(step=step, summary=Summary(value=values))
+        if time.monotonic() - self._flushed > _FLUSH_S:
+            self.save()
+
+    def resume(self, step: int) -> None:
+        self._close()
+        self._resumed_at = step
+
+    def save(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def finalize(self, status: str) -> None:
+        if self._has_session:
+            from tensorboardX.proto.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
+            from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionEndInfo
+
+            code = STATUS_SUCCESS if status == "success" else STATUS_FAILURE
+            end = SessionEndInfo(status=code, end_time_secs=time.time())
+            self._write_session(
+                "_hparams_/session_end_info", HParamsPluginData(session_end_info=end)
+            )
+            self._has_session = False
+        self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write_session(self, tag: str, data: Any) -> None:
+        # Without an experiment summary, TensorBoard lists all metrics of the run by itself.
+        from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
+
+        plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
+        value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
+        self._write(summary=Summary(value=[value]))
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        if self._writer is None:
+            self._writer = self._open()
+        self._writer.write_event(Event(wall_time=time.time(), **fields))
+
+    def _open(self) -> Any:
+        # The plain writer: `SummaryWriter` adds a thread and a queue, which its flush does not wait
+        # for, and replaces a file of the same second.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        prefix = self.path("events")
+        older = len(glob.glob(f"{glob.escape(prefix)}.out.tfevents.*"))
+        writer = EventsWriter(prefix, filename_suffix=f".{older:04d}")
+        # TensorBoard takes every START but a run's first for a restart, and forgets all events of
+        # its step or later.
+        step = 0 if self._resumed_at is None else self._resumed_at + 1
+        if older == 0 or self._resumed_at is not None:
+            start = SessionLog(status=SessionLog.START)
+            writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+        self._resumed_at = None
+        return writer
+
+
+def flatten(params: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer": {"lr": 1}}` as `{"optimizer/lr": 1}`."""
+    if not isinstance(params, dict):
+        return {prefix: params}
+    return {
+        name: value
+        for key, item in params.items()
+        for name, value in flatten(item, f"{prefix}/{key}" if prefix else key).items()
+    }

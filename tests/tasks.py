@@ -1,0 +1,112 @@
+"""Small tasks and loops written by hand, which the tests of the core share."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlightning import Accuracy, Mean, TaskModule, Trainer
+
+FEATURES, CLASSES = 6, 3
+
+
+def rows(count=40, seed=0):
+    """A learnable classification of `count` rows, a fifth of them masked out."""
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(count, FEATURES)).astype(np.float32)
+    y = np.argmax(x[:, :CLASSES] + 0.1 * x[:, CLASSES:], axis=1).astype(np.int32)
+    mask = generator.random(count) < 0.8
+    return {"x": x, "y": y, "mask": mask}
+
+
+class Classifier(TaskModule):
+    """Dropout, a masked loss, a metric: what makes exactness hard."""
+
+    net: eqx.nn.MLP
+    dropout: eqx.nn.Dropout
+    lr: float = eqx.field(static=True)
+
+    def __init__(self, key=None, lr=0.05, dropout=0.0):
+        key = jax.random.key(0) if key is None else key
+        self.net = eqx.nn.MLP(FEATURES, CLASSES, 8, 1, key=key)
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.lr = lr
+
+    def logits(self, batch, key):
+        return jax.vmap(self.net)(self.dropout(batch["x"], key=key))
+
+    def training_step(self, batch, *, key):
+        logits = self.logits(batch, key)
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        where = batch["mask"]
+        return Mean.over(nll, where), {"accuracy": Accuracy.of(logits, batch["y"], where=where)}
+
+    def predict_step(self, batch, *, key):
+        return self.logits(batch, key)
+
+    def configure_optimizers(self):
+        return optax.adam(self.lr)
+
+
+class TwoLosses(Classifier):
+    """A loss of two Means with different weights."""
+
+    def training_step(self, batch, *, key):
+        loss, _ = super().training_step(batch, key=key)
+        size = jnp.square(self.logits(batch, key)).sum(1)
+        return {"nll": loss, "size": 0.1 * Mean.over(size, batch["y"] == 0)}
+
+
+def hand_loss(net, batch):
+    """The masked mean of the classifier's loss, in plain JAX."""
+    logits = jax.vmap(net)(batch["x"])
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    weight = batch["mask"].astype(jnp.float32)
+    return (nll * weight).sum() / weight.sum()
+
+
+def hand_fit(net, batches, tx, loss=hand_loss):
+    """The loop one would write by hand: the trained net and each step's loss."""
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+    opt_state = tx.init(params)
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        value, grads = jax.value_and_grad(lambda p: loss(eqx.combine(p, static), batch))(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    losses = []
+    for batch in batches:
+        params, opt_state, value = step(params, opt_state, batch)
+        losses.append(float(value))
+    return eqx.combine(params, static), losses
+
+
+def quiet(**arguments):
+    """A Trainer that writes nothing and shows nothing, on one device."""
+    defaults = {
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**defaults | arguments)
+
+
+def arrays(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array))]
+
+
+def assert_close(a, b, tolerance=2e-6):
+    for x, y in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance)
+
+
+def assert_same(a, b):
+    for x, y in zip(arrays(a), arrays(b), strict=True):
+        np.testing.assert_array_equal(x, y)
