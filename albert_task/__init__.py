@@ -1,0 +1,36 @@
+"""ALBERT (Lan et al. 2020) in Equinox: the model, masked language modelling, and its data.
+
+    task = AlbertForMaskedLM.init(AlbertConfig.preset("small"), jax.random.key(0))
+    task = Trainer(max_steps=3000).fit(task, data)
+
+`albert pretrain` on the command line does all of it, from text to a trained model.
+"""
+
+from ._config import AlbertConfig as AlbertConfig
+from ._convert import from_pretrained as from_pretrained
+from ._convert import from_tensors as from_tensors
+from ._convert import save_pretrained as save_pretrained
+from ._convert import to_tensors as to_tensors
+from ._data import PretrainingData as PretrainingData
+from ._data import TokenStore as TokenStore
+from ._data import UnigramBaseline as UnigramBaseline
+from ._data import encode_documents as encode_documents
+from ._data import open_tokens as open_tokens
+from ._fill_mask import Filled as Filled
+from ._fill_mask import Guess as Guess
+from ._fill_mask import fill_mask as fill_mask
+from ._masking import Masked as Masked
+from ._masking import mask_tokens as mask_tokens
+from ._model import Albert as Albert
+from ._model import MaskedLMHead as MaskedLMHead
+from ._optimizers import Recipe as Recipe
+from ._tasks import AlbertForMaskedLM as AlbertForMaskedLM
+from ._tasks import check_tokens as check_tokens
+from ._tasks import check_vocabulary as check_vocabulary
+from ._text import DatasetText as DatasetText
+from ._text import TextFiles as TextFiles
+from ._text import open_dataset as open_dataset
+from ._tokenizer import SpecialIds as SpecialIds
+from ._tokenizer import load_tokenizer as load_tokenizer
+from ._tokenizer import special_ids as special_ids
+from ._tokenizer import train_tokenizer as train_tokenizer

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from jaxlightning._checkpoint_files import CheckpointError
+
 from ._options import PretrainOptions, flag, nearest
 
 
@@ -73,17 +75,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     given["text"] = tuple(given["text"])
     try:
-        try:
-            options = PretrainOptions(**given)
-            from ._stages import prepare
-
-            prepared = prepare(options)
-        except (ValueError, OSError) as error:
-            print(f"albert pretrain: {error}", file=sys.stderr)
-            return 2
-        from ._pretrain import pretrain
-
-        return pretrain(prepared)
+        return _pretrain(given)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
         return 130
+
+
+def _pretrain(given: dict[str, Any]) -> int:
+    try:
+        options = PretrainOptions(**given)
+        from ._pretrain import make_trainer, pretrain
+        from ._stages import prepare, run_folder
+
+        trainer = make_trainer(options, run_folder(options.out))
+        prepared = prepare(options)
+    except (ValueError, OSError) as error:
+        return _refused(error)
+    try:
+        return pretrain(prepared, trainer)
+    except (ValueError, OSError, CheckpointError) as error:
+        if trainer.compile_s:
+            raise
+        return _refused(error)  # before anything was computed: something that was given
+    except SystemExit as stop:  # a signal, after which the Trainer has saved
+        print("The same command goes on from there.", file=sys.stderr)
+        return int(stop.code or 0)
+
+
+def _refused(error: Exception) -> int:
+    print(f"albert pretrain: {error}", file=sys.stderr)
+    return 2

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxlightning._checks import nearest
+
 PresetName = Literal["tiny", "small", "base", "large", "xlarge", "xxlarge"]
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "swish", "tanh")
@@ -121,7 +123,7 @@ class AlbertConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"`hidden_act={self.hidden_act!r}` is unknown; it is one of "
-                f"{', '.join(map(repr, ACTIVATIONS))}.{_nearest(self.hidden_act, ACTIVATIONS)}"
+                f"{', '.join(map(repr, ACTIVATIONS))}.{nearest(self.hidden_act, ACTIVATIONS)}"
             )
         if self.position_embedding_type != "absolute":
             raise ValueError(
@@ -153,7 +155,7 @@ class AlbertConfig:
         if name not in _PRESETS:
             raise ValueError(
                 f"There is no ALBERT preset {name!r}; there are "
-                f"{', '.join(map(repr, _PRESETS))}.{_nearest(str(name), _PRESETS)}"
+                f"{', '.join(map(repr, _PRESETS))}.{nearest(name, _PRESETS)}"
             )
         if version not in (1, 2):
             raise ValueError(f"`version={version!r}` is unknown; ALBERT has versions 1 and 2.")
@@ -188,7 +190,7 @@ class AlbertConfig:
             misspelt = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)
             if misspelt or "model_type" not in values:
                 raise ValueError(
-                    f"`AlbertConfig` has no field `{name}`.{_nearest(name, fields)} "
+                    f"`AlbertConfig` has no field `{name}`.{nearest(name, fields)} "
                     f"The fields are {', '.join(sorted(fields))}."
                 )
         return cls(**known)
@@ -213,8 +215,3 @@ class AlbertConfig:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"`{path}`: {error}") from error
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" Did you mean `{near[0]}`?" if near else ""

@@ -22,7 +22,6 @@ from ._config import AlbertConfig
 from ._model import Albert
 from ._tasks import AlbertForMaskedLM
 
-Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
 _Model = TypeVar("_Model", Albert, AlbertForMaskedLM)
 
 _LAYER = r"^\.groups\[(\d+)\]\[(\d+)\]"
@@ -79,7 +78,7 @@ def _is_transposed(path: str, array: Any) -> bool:
     return path.endswith(".weight") and array.ndim == 2
 
 
-def to_tensors(model: Albert | AlbertForMaskedLM) -> Tensors:
+def to_tensors(model: Albert | AlbertForMaskedLM) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays as Hugging Face's `state_dict` has them, by its names. Blocks on the device."""
     tensors = {}
     for path, leaf in _arrays(model):
@@ -89,13 +88,14 @@ def to_tensors(model: Albert | AlbertForMaskedLM) -> Tensors:
     return tensors
 
 
-def from_tensors(tensors: Tensors, like: _Model) -> _Model:
+def from_tensors(tensors: Mapping[str, Any], like: _Model) -> _Model:
     """`like` with the arrays of a Hugging Face `state_dict`, cast to the dtypes `like` has.
 
     **Arguments:**
 
-    - `tensors`: of an `AlbertModel`, or of any model with one (then under `albert.`, whose heads
-      are left out where `like` has none).
+    - `tensors`: by name, whatever `numpy.asarray` takes, such as numpy arrays or PyTorch's on the
+      CPU; they are copied. Of an `AlbertModel`, or of any model with one (then under `albert.`,
+      whose heads are left out where `like` has none).
     - `like`: what to fill in; arrays or, from `equinox.filter_eval_shape`, their shapes.
 
     **Raises:** `ValueError` that lists what is missing, has another shape, or is left over.
@@ -118,7 +118,8 @@ def from_tensors(tensors: Tensors, like: _Model) -> _Model:
         if array.shape != _torch_shape(place, leaf):
             misshaped.append(f"`{name}` is {array.shape}, not {_torch_shape(place, leaf)}")
             return leaf
-        return jnp.asarray(array.T if _is_transposed(place, leaf) else array, leaf.dtype)
+        # A copy: `jnp.asarray` may share the memory, which a training step then gives away.
+        return jnp.array(array.T if _is_transposed(place, leaf) else array, leaf.dtype)
 
     model = jax.tree_util.tree_map_with_path(filled, like)
     extra = [f"`{n}`" for n in tensors if n not in used and not re.match(_UNUSED, n)]
@@ -145,7 +146,7 @@ def _torch_shape(path: str, leaf: Any) -> tuple[int, ...]:
     return leaf.shape[::-1] if _is_transposed(path, leaf) else leaf.shape
 
 
-def _prefixed(tensors: Tensors, like: Any) -> Tensors:
+def _prefixed(tensors: Mapping[str, Any], like: Any) -> Mapping[str, Any]:
     """With the prefix `albert.` as `like` has it: with a head yes, without no."""
     inside = {name for name in tensors if name.startswith("albert.")}
     if isinstance(like, AlbertForMaskedLM):
@@ -158,7 +159,7 @@ def _prefixed(tensors: Tensors, like: Any) -> Tensors:
     return {name.removeprefix("albert."): tensors[name] for name in inside}
 
 
-def _untied(tensors: Tensors) -> list[str]:
+def _untied(tensors: Mapping[str, Any]) -> list[str]:
     ties = {
         "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
         "predictions.decoder.bias": "predictions.bias",
@@ -212,4 +213,4 @@ def save_pretrained(task: AlbertForMaskedLM, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {**task.config.to_dict(), "architectures": ["AlbertForMaskedLM"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(dict(to_tensors(task)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(to_tensors(task), folder / "model.safetensors", metadata={"format": "pt"})

@@ -56,7 +56,8 @@ def fill_mask(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: i
     if not len(blanks):
         raise ValueError(f"There is no `{_MASK}` in the text {text!r}. Write one where to guess.")
     if not 1 <= top_k <= task.config.vocab_size - len(special):
-        raise ValueError(f"`top_k={top_k}` has to lie between 1 and the pieces there are.")
+        raise ValueError(f"`top_k={top_k}` has to lie between 1 and the number of pieces that are not special, "
+                f"{task.config.vocab_size - len(special)}.")
 
     length = row.shape[1]
     padded = min(-(-length // _ROUND) * _ROUND, task.config.max_position_embeddings)
@@ -87,6 +88,9 @@ def _written(text: str, pieces: list[str]) -> str:
     first, *rest = text.split(_MASK)
     written = first
     for piece, after in zip(pieces, rest, strict=True):
-        # The blank stands for `▁word`, the space before it included.
-        written = written.rstrip() + piece.replace("▁", " ") + after
-    return written if text.startswith(" ") else written.lstrip()
+        # The blank stands for `▁word`, the space before it included, or for more of a word.
+        word = piece.startswith("▁")
+        if word and (not written or written[-1].isspace()):
+            piece = piece[1:]
+        written = (written if word else written.rstrip()) + piece.replace("▁", " ") + after
+    return written

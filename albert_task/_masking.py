@@ -64,12 +64,11 @@ def mask_tokens(
     own = jnp.ones_like(hidden) if where is None else where
     eligible = own & ~hidden
 
-    seq_len = tokens.shape[1]
+    wanted = [num_predictions(length, rate) for length in range(tokens.shape[1] + 1)]
     scores = jax.random.uniform(named_key(key, "positions"), tokens.shape)
-    _, positions = jax.lax.top_k(jnp.where(eligible, scores, -1.0), num_predictions(seq_len, rate))
-    wanted = jnp.maximum(1, jnp.round(rate * own.sum(1).astype(jnp.float32)).astype(jnp.int32))
-    count = jnp.minimum(wanted, eligible.sum(1).astype(jnp.int32))
-    predicted = jnp.arange(positions.shape[1])[None] < count[:, None]
+    _, positions = jax.lax.top_k(jnp.where(eligible, scores, -1.0), wanted[-1])
+    count = jnp.minimum(jnp.asarray(wanted)[own.sum(1)], eligible.sum(1))
+    predicted = jnp.arange(wanted[-1])[None] < count[:, None]
 
     labels = jnp.take_along_axis(tokens, positions, axis=1)
     u = jax.random.uniform(named_key(key, "replacement"), labels.shape)

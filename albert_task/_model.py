@@ -61,8 +61,8 @@ class Embeddings(eqx.Module):
 def _rows(
     table: Float[Array, "rows d"], ids: Int[Array, "batch seq"]
 ) -> Float[Array, "batch seq d"]:
-    # An id that is too large gives NaN, which gets noticed; by default it gives the last row.
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+    # An id outside the table gives NaN, which gets noticed; by default it gives some other row.
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Attention(eqx.Module):
@@ -196,7 +196,7 @@ class Albert(eqx.Module):
         - `key`: of dropout, where the configuration has any; see `equinox.nn.inference_mode`.
 
         **Raises:** `ValueError`, at trace time, for rows longer than the position embeddings.
-        An id beyond its table cannot be seen here and makes its row NaN; `check_tokens` finds
+        An id outside its table cannot be seen here and makes its row NaN; `check_tokens` finds
         it on the host.
         """
         limit = self.config.max_position_embeddings

@@ -54,11 +54,11 @@ class Recipe(NamedTuple):
 
     def _schedule(self) -> optax.ScalarOrSchedule:
         peak, warmup, total = self.learning_rate, self.warmup_steps, self.total_steps
+        fall = peak if total is None else optax.linear_schedule(peak, 0.0, total - warmup)
+        if not warmup:
+            return fall
         rise = optax.linear_schedule(0.0, peak, warmup)
-        if total is None:
-            return rise if warmup else peak
-        fall = optax.linear_schedule(peak, 0.0, total - warmup)
-        return optax.join_schedules([rise, fall], [warmup]) if warmup else fall
+        return rise if total is None else optax.join_schedules([rise, fall], [warmup])
 
     def check(self) -> None:
         if self.optimizer not in OPTIMIZERS:

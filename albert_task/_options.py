@@ -139,6 +139,13 @@ class PretrainOptions:
     accumulate: int = option(
         1, "batches accumulated for one step", group="model and training", type=int, metavar="N"
     )
+    steps_per_dispatch: int = option(
+        1,
+        "steps in one compiled program: faster where steps are very short",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
     devices: str = option(
         "auto", "how many devices, or auto", group="model and training", metavar="N"
     )
@@ -280,6 +287,7 @@ def _check_numbers(options: PretrainOptions) -> None:
         "batch_size": 1,
         "seq_len": 3,
         "accumulate": 1,
+        "steps_per_dispatch": 1,
         "warmup": 0,
         "weight_decay": 0,
         "clip": 0,

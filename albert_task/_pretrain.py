@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import sys
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, PRNGKeyArray
 
-from jaxlightning import Trainer
-from jaxlightning._checkpoint import RunLocked
-from jaxlightning._flops import device_peak, matmul_peak
+from jaxlightning import Callback, Trainer, load_weights
+from jaxlightning._flops import device_peak
 from jaxlightning.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     LearningRateSchedule,
     ModelCheckpoint,
+    SkipNonFinite,
     ThroughputMonitor,
+    TQDMProgressBar,
 )
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
-from ._data import UnigramBaseline
 from ._fill_mask import fill_mask
 from ._options import PretrainOptions
 from ._stages import Prepared, begin_run, write_json
@@ -36,7 +42,7 @@ SENTENCES = (
 )
 
 
-def pretrain(prepared: Prepared) -> int:
+def pretrain(prepared: Prepared, trainer: Trainer) -> int:
     """Trains, or goes on, or says that the run is done; then reports.
 
     Ctrl-C saves the state of the step it comes in, and the process ends with status 130.
@@ -44,24 +50,229 @@ def pretrain(prepared: Prepared) -> int:
     **Returns:** the exit status.
     """
     options, folder = prepared.options, prepared.folder
-    result = _finished(folder, options.steps)
+    result = finished(folder, options)
     if result is None:
-        result = _trained(prepared)
+        result = _trained(prepared, trainer)
         write_json(folder / "result.json", result)
     else:
         print(
-            f"This run is done: {result['steps']:,} steps. To go on, raise `--steps`; to begin "
-            f"anew, choose another `--out` or delete `{folder}`."
+            f"This run is done: {result['steps']:,} steps{_because(result)}. To go on, raise "
+            f"`--steps`; to begin anew, choose another `--out` or delete `{folder}`."
         )
     print(report(result))
     return 0
 
 
-def _finished(folder: Path, steps: int) -> dict[str, Any] | None:
+def finished(folder: Path, options: PretrainOptions) -> dict[str, Any] | None:
     """What the run came to, if there is nothing left to train."""
     try:
         result = json.loads((folder / "result.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    done = result["steps"] >= steps or result["stopped"] is not None
-    return result if done else None
+    stopped = result["stopped"] is not None and result["limits"] == _limits(options)
+    return result if result["steps"] >= options.steps or stopped else None
+
+
+def _limits(options: PretrainOptions) -> dict[str, Any]:
+    """What may end a run before its last step."""
+    return {"max_time": options.max_time, "patience": options.patience}
+
+
+# Training
+
+
+def make_trainer(options: PretrainOptions, folder: Path) -> Trainer:
+    """The trainer that the options ask for.
+
+    **Raises:** `ValueError` for what this machine or the Trainer refuses.
+    """
+    logs = {"save_dir": folder, "name": "", "version": "logs"}
+    return Trainer(
+        max_steps=options.steps,
+        max_epochs=-1,
+        max_time=options.max_time,
+        val_check_interval=options.eval_interval,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=options.log_interval,
+        accumulate_grad_batches=options.accumulate,
+        gradient_clip_val=options.clip or None,
+        precision=options.precision,
+        devices=options.devices if options.devices == "auto" else int(options.devices),
+        strategy=options.strategy,
+        steps_per_dispatch=options.steps_per_dispatch,
+        seed=options.seed,
+        callbacks=_callbacks(options, folder),
+        logger=[TensorBoardLogger(**logs), CSVLogger(**logs)],
+        default_root_dir=folder,
+    )
+
+
+def _callbacks(options: PretrainOptions, folder: Path) -> list[Callback]:
+    stopping: list[Callback] = []
+    if options.patience is not None:
+        stopping = [EarlyStopping("val/loss", patience=options.patience)]
+    return [
+        LearningRateSchedule(options.schedule, warmup=options.warmup_steps),
+        LearningRateMonitor(),
+        SkipNonFinite(),
+        ThroughputMonitor(tokens=lambda batch: batch["input_ids"].size),
+        TQDMProgressBar(metrics=("train/loss", "train/accuracy", "val/loss", "val/accuracy")),
+        *stopping,
+        ModelCheckpoint(
+            folder / "checkpoints",
+            "step={step}",
+            auto_insert_metric_name=False,
+            monitor="val/loss",
+            every_n_train_steps=options.eval_interval,
+            save_last=True,
+            save_on_exception=True,
+        ),
+    ]
+
+
+def new_task(
+    key: PRNGKeyArray, prepared: Prepared, frequencies: Float[np.ndarray, " vocab"]
+) -> AlbertForMaskedLM:
+    """The task before its first step.
+
+    The head's bias starts as the log of the pieces' frequencies, so that the run begins at the
+    unigram entropy and spends no step on learning how common each piece is.
+    """
+    options = prepared.options
+    task = AlbertForMaskedLM.init(
+        prepared.config,
+        key,
+        special=prepared.data.store.special,
+        mask_rate=options.mask_probability,
+        optimizer=options.optimizer,
+        learning_rate=options.peak,
+        weight_decay=options.weight_decay,
+    )
+    bias = jnp.log(jnp.asarray(frequencies, jnp.float32))
+    return eqx.tree_at(lambda task: task.head.bias, task, bias)
+
+
+def _smoothed(counts: Int[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
+    smoothed = counts + 0.5
+    return smoothed / smoothed.sum()
+
+
+def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
+    """Trains, and gathers what there is to say about it."""
+    data, options = prepared.data, prepared.options
+    baseline = data.baseline()
+    frequencies = _smoothed(data.train_rows.counts())
+    begin_run(prepared)
+    start = time.perf_counter()
+    task = trainer.fit(
+        lambda key: new_task(key, prepared, frequencies), datamodule=data, resume="auto"
+    )
+    seconds = time.perf_counter() - start
+    scores = trainer.validate(task, datamodule=data)
+    saved = trainer.checkpoint_callback
+    steps, path = trainer.global_step, saved.last_model_path
+    best = saved.best_model_score
+    if best is not None and best < scores["val/loss"]:
+        path = saved.best_model_path
+        task = load_weights(path, task)
+        scores = trainer.validate(task, datamodule=data)
+    return {
+        "steps": steps,
+        "stopped": trainer.stop_reason,
+        "limits": _limits(options),
+        "val_loss": scores["val/loss"],
+        "val_accuracy": scores["val/accuracy"],
+        "baseline": baseline._asdict() | {"piece": prepared.tokenizer.id_to_token(baseline.piece)},
+        "parameters": sum(x.size for x in jax.tree.leaves(eqx.filter(task, eqx.is_array))),
+        "tokens": steps * options.batch_size * options.accumulate * options.seq_len,
+        "seconds": seconds,
+        **_speed(Path(trainer.log_dir or ""), trainer),
+        "logs": trainer.log_dir,
+        "checkpoint": path,
+        "filled": [_filled(task, prepared, sentence) for sentence in SENTENCES],
+    }
+
+
+def _speed(logs: Path, trainer: Trainer) -> dict[str, Any]:
+    """Medians over all that was logged, earlier starts of the run included."""
+    with (logs / CSVLogger.file_name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def median(name: str) -> float | None:
+        values = [float(row[name]) for row in rows if row.get(name)]
+        return statistics.median(values) if values else None
+
+    flops, mfu = median("throughput/flops_per_s"), median("throughput/mfu")
+    device = trainer.mesh.devices.flat[0]
+    return {
+        "tokens_per_s": median("throughput/tokens_per_s"),
+        "mfu": mfu,
+        "peak": flops / mfu if flops and mfu else None,
+        "peak_measured": device_peak(device.device_kind, trainer.precision.compute) is None,
+    }
+
+
+def _filled(task: AlbertForMaskedLM, prepared: Prepared, sentence: str) -> dict[str, Any]:
+    found = fill_mask(task, prepared.tokenizer, sentence, top_k=3)
+    return {"text": sentence, "filled": found.text, "guesses": found.guesses}
+
+
+# The report
+
+
+def report(result: dict[str, Any]) -> str:
+    """The table, and what the model fills in."""
+    base = result["baseline"]
+    rows = [
+        ("", "model", "unigram baseline"),
+        (
+            "validation loss",
+            f"{result['val_loss']:.3f}",
+            f"{base['cross_entropy']:.3f} (entropy of the text {base['entropy']:.3f})",
+        ),
+        (
+            "masked accuracy",
+            f"{result['val_accuracy']:.1%}",
+            f"{base['accuracy']:.1%} (always `{base['piece']}`)",
+        ),
+    ]
+    width = max(len(value) for _, value, _ in rows) + 2
+    lines = ["", *(f"{name:<17}{value:<{width}}{other}" for name, value, other in rows), ""]
+    facts = {
+        "model": f"{result['parameters']:,} parameters",
+        "training": _duration(result),
+        "speed": _described_speed(result),
+        "logs": f"{result['logs']} (tensorboard --logdir {result['logs']})",
+        "checkpoint": result["checkpoint"],
+    }
+    lines += [f"{name:<17}{value}" for name, value in facts.items() if value]
+    lines += ["", "What the model fills in:"]
+    for one in result["filled"]:
+        lines.append(f"  {one['text']}")
+        for guesses in one["guesses"]:
+            found = ", ".join(f"{piece.replace('▁', '')} {p:.0%}" for piece, p in guesses)
+            lines.append(f"      {found}")
+    return "\n".join(lines)
+
+
+def _duration(result: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(result["seconds"]), 60)
+    return (
+        f"{result['steps']:,} steps, {result['tokens'] / 1e6:,.1f} M tokens; this start took "
+        f"{minutes} min {seconds} s{_because(result)}"
+    )
+
+
+def _because(result: dict[str, Any]) -> str:
+    return "" if result["stopped"] is None else f" (stopped: {result['stopped']})"
+
+
+def _described_speed(result: dict[str, Any]) -> str:
+    if result["tokens_per_s"] is None:
+        return ""
+    source = "a measured matrix product's" if result["peak_measured"] else "the published"
+    return (
+        f"{result['tokens_per_s']:,.0f} tokens/s, MFU {result['mfu']:.1%} of {source} "
+        f"{result['peak'] / 1e9:,.0f} GFLOP/s"
+    )

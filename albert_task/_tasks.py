@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -50,17 +50,17 @@ class Rows(NamedTuple):
     labels: Int[Array, "batch seq"] | None
 
     @classmethod
-    def read(cls, batch: dict[str, Any], config: AlbertConfig) -> Self:
+    def read(cls, batch: dict[str, Any], config: AlbertConfig) -> Rows:
         """From a batch with the keys that `AlbertForMaskedLM` lists.
 
         **Raises:** `KeyError` without tokens, `ValueError` for a misspelt key or arrays whose
         shapes differ.
         """
-        name = "tokens" if "tokens" in batch else "input_ids"
-        tokens = batch[name]
-        for key in set(batch) - set(_KEYS):
+        for key in sorted(set(batch) - set(_KEYS)):
             if near := nearest(key, _KEYS):
                 raise ValueError(f"`AlbertForMaskedLM` reads no `{key}` in a batch.{near}")
+        name = "input_ids" if "input_ids" in batch and "tokens" not in batch else "tokens"
+        tokens = batch[name]
         for key, array in batch.items():
             if key in _KEYS and (array.shape != tokens.shape or array.ndim != 2):
                 raise ValueError(
@@ -121,7 +121,7 @@ class AlbertForMaskedLM(TaskModule):
     """The optimizer and its numbers."""
 
     @classmethod
-    def init(cls, config: AlbertConfig, key: PRNGKeyArray, **options: Any) -> Self:
+    def init(cls, config: AlbertConfig, key: PRNGKeyArray, **options: Any) -> AlbertForMaskedLM:
         """With random weights (`_layers.initial`).
 
         **Arguments:**
@@ -136,7 +136,7 @@ class AlbertForMaskedLM(TaskModule):
         return cls.of(albert, head, **options)
 
     @classmethod
-    def of(cls, albert: Albert, head: MaskedLMHead, **options: Any) -> Self:
+    def of(cls, albert: Albert, head: MaskedLMHead, **options: Any) -> AlbertForMaskedLM:
         """As `init`, with weights that are there already."""
         own = {"special", "mask_rate", "top_k"}
         for name in sorted(set(options) - own - set(Recipe._fields)):
@@ -154,6 +154,12 @@ class AlbertForMaskedLM(TaskModule):
             raise ValueError(f"`mask_rate={self.mask_rate}` has to lie between 0 and 1.")
         if not 1 <= self.top_k <= size:
             raise ValueError(f"`top_k={self.top_k}` has to lie between 1 and `vocab_size={size}`.")
+        if self.special.pad != self.config.pad_token_id:
+            raise ValueError(
+                f"The tokenizer pads with {self.special.pad}, but the model's configuration has "
+                f"`pad_token_id={self.config.pad_token_id}`: padding would count as text. Write "
+                f"`dataclasses.replace(config, pad_token_id={self.special.pad})`."
+            )
         if max(self.special) >= size:
             raise ValueError(
                 f"The special token {max(self.special)} is no id of a vocabulary of "
@@ -207,6 +213,7 @@ class AlbertForMaskedLM(TaskModule):
             **dataclasses.asdict(self.config),
             **self.recipe._asdict(),
             "mask_rate": self.mask_rate,
+            "top_k": self.top_k,
             "special": self.special._asdict(),
         }
 

@@ -1,6 +1,6 @@
 """A trainer for JAX, shaped like PyTorch Lightning.
 
-    task = Trainer(max_epochs=3).fit(task, DataLoader(arrays, batch_size=32, shuffle=True))
+task = Trainer(max_epochs=3).fit(task, DataLoader(arrays, batch_size=32, shuffle=True))
 """
 
 from ._callback import Callback as Callback

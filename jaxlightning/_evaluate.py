@@ -48,7 +48,7 @@ class EvalProgram:
         self._batch_structure = feed.structure
         self._placement = placement
         dynamic, self._static = eqx.partition(task, eqx.is_array)
-        self._task_structure = jax.tree.structure(dynamic)
+        self._task_structure: Any = jax.tree.structure(dynamic)
         outputs = abstract_outputs(step, task, feed.spec)
         self.predicts = step.stage == "predict"
         self.like: dict[str, Metric] = {} if self.predicts else outputs
@@ -179,7 +179,7 @@ class Evaluator:
 
     @property
     def compile_s(self) -> float:
-        return sum(p.program.compile_s for p in self._programs.values())
+        return sum((p.program.compile_s for p in self._programs.values()), 0.0)
 
     @property
     def recompilations(self) -> int:

@@ -42,6 +42,7 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
             at.phase = "ended"
         bus.on_checkpoint(trainer, "epoch")
         trainer._save_requested()
+        trainer._signals.poll()
         if not at.last:
             break
         at.end_epoch()

@@ -25,6 +25,7 @@ from ._state import TrainState
 from ._task import TaskModule
 
 _Carry = TypeVar("_Carry")
+_M = TypeVar("_M", bound=Metric)
 
 TRAIN, VALIDATE, TEST, PREDICT, INIT = range(5)
 """The streams of randomness: `fold_in(fold_in(root, stream), step)`."""
@@ -121,7 +122,8 @@ class TrainStep(NamedTuple):
             new = keep_where(accepted, new, state.task)
             opt_state = keep_where(accepted, opt_state, state.opt_state)
             empty = {name: metric.empty() for name, metric in metrics.items()}
-            metrics = keep_where(accepted, metrics, empty)
+            # Of a step that was not taken, what was measured still counts, unless it is no number.
+            metrics = keep_where(accepted | jnp.isfinite(loss), metrics, empty)
         found = self.bus.inside_step(view._replace(skipped=state.skipped))
         metrics = metrics | as_metrics(found, "inside_step")
         return state.replace(task=new, opt_state=opt_state), metrics
@@ -184,7 +186,6 @@ class TrainStep(NamedTuple):
         need. Then every micro-batch's totals are differentiated over the whole batch's weights.
         """
         params, buffers = eqx.partition(task, self.spec)
-        dtype = jnp.promote_types(self.precision.params, jnp.float32)
         sample = batches.equal[0] if batches.equal else batches.ragged
         like = jax.eval_shape(
             lambda: eqx.filter(self._outputs(params, buffers, sample, key), eqx.is_array)
@@ -209,11 +210,11 @@ class TrainStep(NamedTuple):
                 dynamic = eqx.filter(eqx.combine(params, advanced), eqx.is_array)
             return grads, metrics, terms, dynamic
 
-        def empty(metric: Metric) -> Metric:
+        def empty(metric: _M) -> _M:
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metric).empty()
 
         carry = (
-            jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params),
+            jax.tree.map(lambda p: jnp.zeros(p.shape, _summing_dtype(p.dtype)), params),
             {name: empty(metric) for name, metric in like.metrics.items()},
             {name: empty(term) for name, term in like.terms.items()},
             eqx.filter(task, eqx.is_array),
@@ -222,6 +223,12 @@ class TrainStep(NamedTuple):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         advanced = None if like.task is None else eqx.combine(dynamic, task)
         return grads, Outputs(terms, metrics, advanced)
+
+
+def _summing_dtype(dtype: Any) -> Any:
+    """At least float32, in which many bfloat16 gradients can be added."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def owns_update(task: TaskModule) -> bool:

@@ -166,7 +166,7 @@ def _on_device(sums: Sums) -> bool:
 
 
 def _to_json(sums: Sums) -> list[dict[str, Any]]:
-    def one(leaf: np.ndarray) -> dict[str, Any]:
+    def one(leaf: np.ndarray | np.generic) -> dict[str, Any]:
         array = np.asarray(leaf)
         exact = [x.hex() if isinstance(x, float) else x for x in array.ravel().tolist()]
         return {"dtype": array.dtype.name, "shape": list(array.shape), "values": exact}

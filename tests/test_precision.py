@@ -133,6 +133,6 @@ def test_masked_sums_do_not_overflow_float16():
             return optax.sgd(0.0)
 
     trainer = quiet(max_epochs=1, precision="16-mixed")
-    trainer.fit(Sums(jnp.ones(1)), DataLoader(data, 4000))
+    trainer.fit(Sums(jnp.ones((1, 1))), DataLoader(data, 4000))
     found = trainer.validate(dataloaders=DataLoader(data, 4000))
     assert found["val/loss"] == pytest.approx(100.0)

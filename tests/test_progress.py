@@ -220,9 +220,15 @@ def test_a_step_between_redraws_touches_nothing_of_the_trainer(clock):
     trainer = fake_trainer()
     bar = started(trainer)
     bar.on_train_batch_end(trainer, {}, None, 0)
-    untouchable = object()
+    touched = []
+
+    class Untouchable:
+        def __getattr__(self, name):
+            touched.append(name)
+
     for i in range(1, 100):
-        bar.on_train_batch_end(untouchable, {}, untouchable, i)
+        bar.on_train_batch_end(Untouchable(), {}, Untouchable(), i)
+    assert touched == []
     bar.teardown(trainer, "fit")
 
 

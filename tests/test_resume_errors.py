@@ -61,7 +61,7 @@ def test_no_checkpoint(tmp_path):
 def test_contradictions():
     with pytest.raises(ValueError, match=r"contradict each other"):
         quiet(max_epochs=1).fit(Classifier(), loader(), resume="auto", ckpt_path="last")
-    with pytest.raises(ValueError, match="`resume='last'` is unknown. Write \"auto\""):
+    with pytest.raises(ValueError, match=r"`resume='last'` is unknown\. Write \"auto\""):
         quiet(max_epochs=1).fit(Classifier(), loader(), resume="last")
 
 

@@ -99,7 +99,7 @@ class Feed:
         return [self._checked(batch) for batch in self.loader]
 
     def _checked(self, batch: PyTree) -> DeviceBatch:
-        structure = jax.tree.structure(batch)
+        structure: Any = jax.tree.structure(batch)
         if structure != self.structure:
             raise ValueError(
                 f"A {self.name} batch has the structure {structure}, but the first one had "

@@ -44,7 +44,7 @@ class DataLoader:
         drop_last: bool = False,
         transform: Callable[[PyTree], PyTree] | None = None,
     ):
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"`batch_size={batch_size!r}` has to be a positive integer.")
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed={seed!r}` has to be an integer of at least 0.")
@@ -85,13 +85,24 @@ class DataLoader:
             yield self._batch(order[index * self.batch_size : (index + 1) * self.batch_size])
 
     def _batch(self, rows: Rows) -> PyTree:
-        batch = self._read(rows)
+        try:
+            batch = self._read(rows)
+        except Exception as error:
+            error.add_note(
+                f"Raised by the source, a `{type(self.source).__name__}`, on the rows "
+                f"{rows.tolist()}. It is asked for a batch at a time: `__getitem__` gets an array "
+                "of row numbers."
+            )
+            raise
         if self.transform is None:
             return batch
         try:
             return self.transform(batch)
         except Exception as error:
-            error.add_note(f"Raised by `transform` of a `DataLoader` on the rows {rows.tolist()}.")
+            error.add_note(
+                f"Raised by `{_name(self.transform)}`, the `transform`, on the rows "
+                f"{rows.tolist()}."
+            )
             raise
 
     @property
@@ -115,7 +126,6 @@ class DataLoader:
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be equal for two loaders to give the same batches."""
-        name = getattr(self.transform, "__qualname__", type(self.transform).__name__)
         own = getattr(self.source, "fingerprint", None)
         return {
             "source": own() if callable(own) else type(self.source).__name__,
@@ -124,8 +134,12 @@ class DataLoader:
             "shuffle": self.shuffle,
             "seed": self.seed,
             "drop_last": self.drop_last,
-            "transform": None if self.transform is None else name,
+            "transform": None if self.transform is None else _name(self.transform),
         }
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)
 
 
 def abstract(batch: PyTree) -> PyTree:
@@ -147,6 +161,12 @@ def abstract(batch: PyTree) -> PyTree:
 
 def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
+        if not hasattr(source, "__len__"):
+            raise TypeError(
+                f"The `source` of a `DataLoader` is a `{type(source).__name__}`, which is a stream "
+                "without numbered rows. To train on it, pass it as the loader itself: "
+                '`dataset.with_format("numpy").batch(32)`.'
+            )
         dataset = source.with_format("numpy")
         return len(dataset), lambda rows: dict(dataset[rows.tolist()])
     arrays = jax.tree.leaves(source)
@@ -154,7 +174,9 @@ def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
         held = jax.tree.map(np.asarray, source)
         check_leading_axes(held, "The `source` of this `DataLoader`", scalars=False)
         return len(jax.tree.leaves(held)[0]), lambda rows: jax.tree.map(lambda x: x[rows], held)
-    if isinstance(source, dict | list | tuple) and arrays:
+    if isinstance(source, dict | list | tuple):
+        if not arrays:
+            raise ValueError("The `source` of this `DataLoader` is empty: it holds no arrays.")
         odd = next(leaf for leaf in arrays if not isinstance(leaf, np.ndarray | jax.Array))
         raise TypeError(
             f"The `source` of a `DataLoader` is a `{type(source).__name__}` that holds a "

@@ -1,0 +1,177 @@
+"""What a Trainer tells callbacks and users about itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ._arguments import Arguments
+from ._callback import Bus, Callback, Checkpoint
+from ._evaluate import Evaluator
+from ._fit import FitRun
+from ._schedule import Position, Schedule, describe_schedule
+from ._state import TrainState
+from ._stream import Numbers
+from ._task import TaskModule
+from .data import Feed
+
+
+class Facts:
+    """The attributes of a `Trainer` that describe where it is; `Trainer` sets what they read."""
+
+    _arguments: Arguments
+    _bus: Bus
+    _run: FitRun
+    _schedule: Schedule
+    _evaluator: Evaluator
+    _val_feeds: dict[str, Feed]
+    _eval_feeds: dict[str, dict[str, Feed]]
+    callback_metrics: Numbers
+    loggers: list[Any]
+    stage: str | None
+
+    def explain_schedule(self, steps: int) -> str:
+        """Which hook fires at which of the next steps. For a Trainer that has begun a fit."""
+        return describe_schedule(self._schedule.explain(steps, self._position))
+
+    @property
+    def state(self) -> TrainState:
+        """The state: a view that is valid until the next step."""
+        if self._run is None:
+            raise RuntimeError("There is no state before `fit` has set it up.")
+        return self._run.state
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._run.state = state
+
+    @property
+    def task(self) -> TaskModule:
+        return self.state.task
+
+    @task.setter
+    def task(self, task: TaskModule) -> None:
+        self.state = self.state.replace(task=task)
+
+    @property
+    def _position(self) -> Position:
+        return Position() if self._run is None else self._run.position
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken."""
+        return self._position.step
+
+    @property
+    def current_epoch(self) -> int:
+        return self._position.epoch
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self._position.last
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self.stage == "sanity_check"
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """All callbacks, in the order in which they are told."""
+        return self._bus.callbacks
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        """The first callback that saves, or `None`."""
+        return next((c for c in self.callbacks if isinstance(c, Checkpoint)), None)
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        """The first `EarlyStopping`, or `None`."""
+        return next((c for c in self.callbacks if type(c).__name__ == "EarlyStopping"), None)
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or `None`."""
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of the first logger that has one."""
+        return next((x.log_dir for x in self.loggers if x.log_dir is not None), None)
+
+    @property
+    def progress_bar_metrics(self) -> Numbers:
+        """The latest numbers, without the epochs' aggregates."""
+        return {
+            name: value
+            for name, value in self.callback_metrics.items()
+            if not name.endswith("_epoch") and np.ndim(value) == 0
+        }
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps of the whole fit; infinity where nobody can know."""
+        return self._schedule.total_steps
+
+    @property
+    def num_training_batches(self) -> int | float:
+        """Loader batches in an epoch; infinity where the loader has no length."""
+        length = self._schedule.epoch_batches
+        return math.inf if length is None else length
+
+    @property
+    def num_val_batches(self) -> list[int | float]:
+        return _lengths(self._val_feeds)
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        return _lengths(self._eval_feeds.get("test", {}))
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        return _lengths(self._eval_feeds.get("predict", {}))
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that training has waited for data."""
+        return 0.0 if self._run is None else self._run.feed.wait_s
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds spent on compiling."""
+        own = 0.0 if self._run is None else self._run.program.compile_s
+        return own + self._evaluator.compile_s
+
+    @property
+    def num_recompiles(self) -> int:
+        """Compilations that nothing had announced."""
+        own = 0 if self._run is None else self._run.program.recompilations
+        return own + self._evaluator.recompilations
+
+    @property
+    def train_batch_spec(self) -> PyTree:
+        """The shapes and dtypes of a loader's batch."""
+        return self._run.batch_spec
+
+    def lower_train_step(self) -> jax.stages.Lowered:
+        """The training step as it is compiled: `.as_text()` is its StableHLO."""
+        return self._run.program.lower(*self._run.usual_arguments())
+
+    def train_step_jaxpr(self) -> Any:
+        """The training step, for the usual batch, as a jaxpr."""
+        return jax.make_jaxpr(self._run._traced_step)(*self._run.usual_arguments())
+
+    def __getattr__(self, name: str) -> Any:
+        """The arguments, under their names: `trainer.max_epochs`."""
+        arguments = self.__dict__.get("_arguments")
+        if arguments is None or name.startswith("_") or not hasattr(arguments, name):
+            raise AttributeError(f"`Trainer` has no attribute `{name}`.")
+        return getattr(arguments, name)
+
+
+def _lengths(feeds: dict[str, Feed]) -> list[int | float]:
+    return [math.inf if feed.length is None else feed.length for feed in feeds.values()]
