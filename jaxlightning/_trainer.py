@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -31,7 +31,7 @@ from ._task import TaskModule
 from .data import DataModule, Feed
 from .parallel import Placement, make_mesh, pick_devices, strategy_rules
 
-TaskOrInit = TaskModule | Callable[[PRNGKeyArray], TaskModule]
+_Task = TypeVar("_Task", bound=TaskModule)
 
 
 class Trainer(Facts):
@@ -174,14 +174,14 @@ class Trainer(Facts):
 
     def fit(
         self,
-        task: TaskOrInit,
+        task: _Task | Callable[[PRNGKeyArray], _Task],
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         *,
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         resume: str | None = None,
-    ) -> TaskModule:
+    ) -> _Task:
         """Trains `task`, which is left alone, and returns the trained one.
 
         **Arguments:**
@@ -232,7 +232,8 @@ class Trainer(Facts):
                 self._save_requested()
                 self._bus.on_train_end(self)
             self._bus.on_fit_end(self)
-        return self._bus.evaluation_task(self, self._run.state.task)
+        trained: Any = self._bus.evaluation_task(self, self._run.state.task)
+        return trained
 
     def validate(
         self,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def saved(store, tree, metadata=None, step=1, name=None):
@@ -38,6 +38,12 @@ def values(dtype, shape=(64,)):
     if dtype.itemsize == 1 and np.prod(shape) >= 256:
         array = np.arange(np.prod(shape)).astype(np.uint8).view(dtype).reshape(shape)
     return array
+
+
+def mesh(size):
+    return jax.make_mesh(
+        (size,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
+    )
 
 
 def on(size, *axes):

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 from checkpoints import assert_same, bits, on, saved, values
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlightning import _checkpoint_arrays, _checkpoint_manifest, _checkpoint_read
 from jaxlightning._checkpoint import (
@@ -239,12 +239,6 @@ def test_metadata_that_json_would_change_is_refused(store, metadata, message):
 
 
 # Devices
-
-
-def mesh(size):
-    return jax.make_mesh(
-        (size,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size]
-    )
 
 
 def test_each_part_is_written_once(store):
