@@ -301,7 +301,7 @@ class CheckpointStore:
                 f"`{path}` is not a checkpoint in `{self.root}`, so it is not deleted. There are "
                 f"{[entry.path.name for entry in self.entries()]}."
             )
-        if under_way is None or not under_way.then_delete(path):
+        if under_way is None or not (under_way.then_delete(path) or under_way.failed):
             discard(path)
 
     def entries(self) -> list[Entry]:

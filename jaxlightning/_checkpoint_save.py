@@ -88,6 +88,11 @@ class Save:
                 self._deletions.append(path)
             return self._deletions is not None
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is known by now to have failed."""
+        return self._failure is not None
+
     def _run(self) -> None:
         self._returning.wait()  # or this thread would keep the interpreter from the one that saves
         try:

@@ -31,6 +31,7 @@ class Saver:
     def __init__(self) -> None:
         self._stores: dict[Path, CheckpointStore] = {}
         self._requests: list[tuple[Path, bool]] = []
+        self._deletions: list[Path] = []
 
     def request(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         self._requests.append((Path(path).absolute(), weights_only))
@@ -47,6 +48,9 @@ class Saver:
             tree: PyTree = {"task": state.task} if weights_only else state
             metadata = checkpoint_metadata(trainer, weights_only)
             self._store(path.parent).save(trainer.global_step, tree, metadata, name=path.name)
+        deletions, self._deletions = self._deletions, []
+        for path in deletions:
+            self._store(path.parent).delete(path)
 
     def _store(self, root: Path) -> CheckpointStore:
         if root not in self._stores:
@@ -59,8 +63,12 @@ class Saver:
             store.wait()
 
     def delete(self, path: str | os.PathLike[str]) -> None:
+        """Deletes a checkpoint; while others are asked for, only after these are on the disk."""
         path = Path(path).absolute()
-        self._store(path.parent).delete(path)
+        if self._requests:
+            self._deletions.append(path)
+        else:
+            self._store(path.parent).delete(path)
 
     def close(self) -> None:
         """Waits, and lets go of the folders."""

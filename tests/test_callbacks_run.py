@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tasks import quiet
 
 from jaxlightning import Callback, DataLoader, Mean, TaskModule, Trainer, load_weights
 from jaxlightning._checkpoint import find_checkpoints
@@ -191,3 +192,19 @@ def test_fast_dev_run_leaves_nothing_behind(tmp_path):
     trainer, _ = fit(tmp_path, deciders()[1:], fast_dev_run=2)
     assert trainer.global_step == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_callback_may_replace_a_checkpoint_in_one_hook(tmp_path):
+    """What it deletes is there until what it asked for is on the disk."""
+
+    class Replaces(Callback):
+        def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
+            step = trainer.global_step
+            trainer.wait_for_checkpoints()
+            trainer.save_checkpoint(tmp_path / f"step_{step}")
+            if step > 1:
+                trainer.delete_checkpoint(tmp_path / f"step_{step - 1}")
+                assert (tmp_path / f"step_{step - 1}").is_dir()
+
+    quiet(max_steps=3, callbacks=Replaces()).fit(Line(np.zeros(3, np.float32)), data()[0])
+    assert [entry.step for entry in find_checkpoints(tmp_path)] == [3]

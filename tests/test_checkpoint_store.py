@@ -216,6 +216,17 @@ def test_nothing_is_deleted_for_a_save_that_failed(store, full_disk):
     assert [entry.path for entry in store.entries()] == [old]
 
 
+def test_nothing_is_deleted_once_the_save_has_failed(store, full_disk):
+    old = saved(store, {}, step=1)
+    full_disk["on"] = True
+    store.save(2, {}, {})
+    store._save.join()
+    store.delete(old)
+    assert [entry.path for entry in store.entries()] == [old]
+    with pytest.raises(SaveFailed):
+        store.wait()
+
+
 def test_a_failed_replacement_leaves_what_was_there(store, monkeypatch):
     saved(store, {}, {"n": 1}, name="last")
     rename = os.rename
