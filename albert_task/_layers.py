@@ -67,8 +67,10 @@ class Dense(eqx.Module):
         self.bias = jnp.zeros(out)
 
     def __call__(self, x: Float[Array, "*batch into"]) -> Float[Array, "*batch out"]:
-        y = x @ self.weight
-        return y + along_last(self.bias, y)
+        # As one matrix: on CPU, XLA would transpose the gradients of more axes, at half the speed.
+        y = x.reshape(-1, x.shape[-1]) @ self.weight
+        y = y + along_last(self.bias, y)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class LayerNorm(eqx.Module):

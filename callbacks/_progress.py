@@ -34,10 +34,15 @@ class TQDMProgressBar(Callback):
     - `leave`: whether the bar of each epoch stays on the screen. The last one always does.
     - `metrics`: the names of the metrics to show; by default two of `train/` and two of
       `val/`, losses first.
+    - `whole`: one bar for the whole fit, in steps, in place of one an epoch.
     """
 
     def __init__(
-        self, refresh_rate: int = 1, leave: bool = False, metrics: Sequence[str] | None = None
+        self,
+        refresh_rate: int = 1,
+        leave: bool = False,
+        metrics: Sequence[str] | None = None,
+        whole: bool = False,
     ):
         if not isinstance(refresh_rate, int) or refresh_rate < 0:
             raise ValueError(
@@ -47,6 +52,7 @@ class TQDMProgressBar(Callback):
         self.refresh_rate = refresh_rate
         self.leave = leave
         self.metrics = metrics
+        self.whole = whole
         self._notice: _Bar = _Hidden()
         self._train: _Bar = _Hidden()
         self._evaluation: _Bar = _Hidden()
@@ -67,8 +73,15 @@ class TQDMProgressBar(Callback):
     # Training
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
+        if self.whole:
+            if isinstance(self._train, _Hidden):
+                total = _known([trainer.estimated_stepping_batches])
+                self._done = before = trainer.global_step
+                self._train = self._open("Training", total, leave=True, before=before)
+                self._train_due = self._first_due()
+            return
         epoch, last = trainer.current_epoch, trainer.max_epochs
-        title = f"Epoch {epoch}" if last is None else f"Epoch {epoch}/{last - 1}"
+        title = f"Epoch {epoch}" if last in (None, -1) else f"Epoch {epoch}/{last - 1}"
         total = _known([trainer.num_training_batches])
         if self.leave or isinstance(self._train, _Hidden):
             self._train.close()
@@ -80,7 +93,7 @@ class TQDMProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
     ) -> None:
-        self._done = batch_idx + 1
+        self._done = self._done + 1 if self.whole else batch_idx + 1
         if monotonic() < self._train_due or self._done % self.refresh_rate:
             return
         self._draw(trainer)
@@ -97,7 +110,8 @@ class TQDMProgressBar(Callback):
         known = trainer.progress_bar_metrics
         names = _first(known) if self.metrics is None else [m for m in self.metrics if m in known]
         values = [f"{name} {known[name]:.4g}" for name in names]
-        self._train.show(self._done, ", ".join([f"step {trainer.global_step}", *values]))
+        count = [] if self.whole else [f"step {trainer.global_step}"]
+        self._train.show(self._done, ", ".join([*count, *values]))
         self._train_due = monotonic() + _REDRAW_S
 
     # Evaluation
@@ -209,12 +223,14 @@ class _Terminal:
         leave: bool = False,
         below: bool = False,
         counts: bool = True,
+        before: int = 0,
     ):
         from tqdm import tqdm
 
         self._bar = tqdm(
             desc=title,
             total=total,
+            initial=before,
             leave=leave,
             position=1 if below else 0,
             bar_format=None if counts else "{desc} ...",
@@ -249,8 +265,10 @@ class _Lines:
         leave: bool = False,
         below: bool = False,
         counts: bool = True,
+        before: int = 0,
     ):
         self._leave = leave
+        self._before = before
         self._line = ""
         self.restart(title, total)
         self._written = monotonic()
@@ -270,6 +288,7 @@ class _Lines:
             self._total,
             now - self._started,
             prefix=self._title,
+            initial=self._before,
             postfix=text,
             bar_format=_COUNTED,
         )

@@ -79,6 +79,7 @@ class FitRun:
         self.position = Position()
         self.train_step = step
         self.inside_block = False
+        self.data_state: Any = None
         self.batch_spec = feed.spec
         self._batch_structure = feed.structure
         self._detect_anomaly = detect_anomaly
@@ -253,6 +254,7 @@ class FitRun:
     def dispatch(self, window: list[DeviceBatch]) -> list[jax.Array]:
         """Starts the step, or steps, on these batches. Waits only for one `RUN_AHEAD` ago."""
         varying = self._dispatch.varying(window)
+        self.data_state = window[-1].state
         if self._detect_anomaly:
             return self._watched(varying)
         self.leaves, outputs = self.program(self.leaves, varying)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import os
 import re
@@ -102,6 +103,7 @@ def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "stream": stream.state_dict(),
         "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
         "data": trainer._sources.module.state_dict(),
+        "iterator": _encoded(run.data_state),
         "fixed": fixed_configuration(trainer),
     }
     trainer._bus.on_save_checkpoint(trainer, found)
@@ -216,10 +218,22 @@ def restore(trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any)
     trainer._sources.module.load_state_dict(metadata["data"])
     run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
     run.position.__dict__.update(Position(**metadata["position"]).__dict__)
+    run.data_state = _decoded(metadata["iterator"])
+    run.feed.go_on(run.position.total_batches, run.data_state)
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     for logger in trainer.loggers:
         logger.resume(run.position.step)
     return path
+
+
+def _encoded(state: Any) -> Any:
+    """An iterator's state for JSON: it is bytes (Grain's `DataLoader`), or JSON already."""
+    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
+
+
+def _decoded(state: Any) -> Any:
+    is_bytes = isinstance(state, dict) and list(state) == ["base64"]
+    return base64.b64decode(state["base64"]) if is_bytes else state
 
 
 def _as_json(values: Any) -> Any:

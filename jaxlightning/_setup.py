@@ -24,6 +24,7 @@ from ._step import EvalStep, TrainStep, owns_update
 from ._stream import MetricStream, NoStream
 from ._task import TaskModule, trainable_spec
 from .data import Feed
+from .data._feed import is_one_pass
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -194,7 +195,15 @@ def fit_loaders(trainer: Trainer) -> tuple[Any, Loaders]:
     overfit = trainer._arguments.overfit_batches
     train = trainer._sources.train()
     if not overfit:
-        return train, trainer._sources.loaders("val")
+        loaders = trainer._sources.loaders("val")
+        for loader in loaders.values():
+            if is_one_pass(loader):
+                raise TypeError(
+                    f"The validation data is a `{type(loader).__name__}`, which gives its batches "
+                    "once, but every validation reads them. Pass a `DataLoader`, a list, or "
+                    "anything else that can be iterated again."
+                )
+        return train, loaders
     batches = first_batches(train, overfit)
     validates = bool(trainer._sources.loaders("val"))
     return batches, {"": batches} if validates else {}

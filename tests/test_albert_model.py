@@ -219,5 +219,5 @@ def test_initial_values():
 def test_parts_are_drawn_apart():
     leaves = jax.tree.leaves(eqx.filter(Albert(GROUPS, key=jax.random.key(0)), eqx.is_array))
     matrices = [np.asarray(leaf) for leaf in leaves if leaf.ndim == 2]
-    assert len(matrices) == 3 + 1 + 6 * 6 + 1
+    assert len(matrices) == 3 + 1 + 4 * 6 + 1
     assert len({matrix.ravel()[0].item() for matrix in matrices}) == len(matrices)

@@ -174,6 +174,29 @@ def test_evaluations_count_the_batches_of_all_loaders(clock, terminal, capsys):
     assert "Prediction: 1it" in err
 
 
+def test_one_bar_for_the_whole_fit_goes_on_where_the_run_was_resumed(clock, capsys):
+    trainer = fake_trainer(10, global_step=25, estimated_stepping_batches=60)
+    bar = TQDMProgressBar(whole=True)
+    bar.setup(trainer, "fit")
+    for epoch in (2, 3):
+        trainer.current_epoch = epoch
+        bar.on_train_epoch_start(trainer)
+        run_steps(bar, trainer, clock, 10, seconds=1.0)
+        bar.on_train_epoch_end(trainer)
+    bar.on_train_end(trainer)
+    lines = capsys.readouterr().err.splitlines()
+    # The rate is that of this process: 20 steps in 20 s.
+    assert lines[1] == "Training: 35/60 [00:10<00:25,  1.00it/s, train/loss 2]"
+    assert lines[-1] == "Training: 45/60 [00:20<00:15,  1.00it/s, train/loss 2]"
+
+
+def test_without_a_limit_of_epochs_the_bar_counts_them_only(clock, capsys):
+    bar = started(fake_trainer(max_epochs=-1))
+    bar.on_train_epoch_end(fake_trainer(max_epochs=-1))
+    bar.teardown(fake_trainer(), "fit")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Epoch 0: 0/1000")
+
+
 def test_the_sanity_check_is_called_so(clock, terminal, capsys):
     bar = TQDMProgressBar()
     trainer = fake_trainer(sanity_checking=True)

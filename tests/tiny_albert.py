@@ -13,7 +13,7 @@ from albert_task import Albert, AlbertConfig, AlbertForMaskedLM, MaskedLMHead
 
 TINY = AlbertConfig.preset("tiny", vocab_size=40, max_position_embeddings=20)
 GROUPS = dataclasses.replace(
-    TINY, num_hidden_layers=5, num_hidden_groups=3, inner_group_num=2, num_attention_heads=4
+    TINY, num_hidden_layers=5, num_hidden_groups=2, inner_group_num=2, num_attention_heads=4
 )
 """Several groups, which 5 layers use unevenly, each of two different layers."""
 DROPPING = dataclasses.replace(TINY, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
@@ -125,3 +125,19 @@ def _activation(name):
 
 def _wide(array):
     return np.asarray(array, np.float64)
+
+
+def tensors(shapes, seed=0):
+    """Random weights by Hugging Face's names: the same from any version of numpy."""
+    generator = np.random.RandomState(seed)
+    drawn = {name: 0.2 * generator.standard_normal(shapes[name]) for name in sorted(shapes)}
+    norms = ("LayerNorm.weight", "layer_norm.weight")
+    return {
+        name: (value + name.endswith(norms)).astype(np.float32) for name, value in drawn.items()
+    }
+
+
+def labels(tokens):
+    """The token at every third place and -100 elsewhere, as PyTorch's loss wants it."""
+    chosen = (np.arange(tokens.size).reshape(tokens.shape) % 3 == 1) & (tokens > 4)
+    return np.where(chosen, tokens, -100).astype(np.int32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -24,6 +27,8 @@ class DeviceBatch(NamedTuple):
     batch: PyTree
     leaves: list[jax.Array]
     shapes: tuple[tuple[int, ...], ...]
+    state: Any = None
+    """What `get_state` of the iterator said after this batch; `None` where it has none."""
 
 
 class Feed:
@@ -33,7 +38,8 @@ class Feed:
 
     **Arguments:**
 
-    - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or any iterable.
+    - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or any iterable, of
+      which an iterator with `get_state` and `set_state` resumes at once, others by replaying.
     - `limit`: batches in an epoch at most: an integer, or a fraction of the loader's length.
     - `poll`: called while waiting for data; may raise.
     """
@@ -57,23 +63,29 @@ class Feed:
         self.name = name
         self.wait_s = 0.0
         self._placement = placement
-        self._prefetch = prefetch
         self._poll = poll
         self._opened: Iterator[PyTree] | None = None
+        self._taken, self._restored = 0, None
         length = len(loader) if hasattr(loader, "__len__") else None
         self.counted = length is not None
         """Whether the loader knows its length."""
         self.length = _limited(length, limit, name)
+        self._checked_shapes: set[tuple[tuple[int, ...], ...]] = set()
         first = self._first()
         check_leading_axes(first, f"The first {name} batch")
         _check_finite(first, name)
         self.structure = jax.tree.structure(first)
         self.spec = abstract(first)
+        self._depth = _depth(self.spec, prefetch)
         self._resident = self._all_on_device()
 
     def _first(self) -> PyTree:
+        one_pass = is_one_pass(self.loader)
+        before = _state(self.loader) if one_pass else None
         for first in self._raw(0, 0):
-            if not hasattr(self.loader, "batches") and isinstance(self.loader, Iterator):
+            if before is not None:
+                self.loader.set_state(before)
+            elif one_pass:
                 self._opened = chain([first], self.loader)
             return first
         raise ValueError(
@@ -84,10 +96,30 @@ class Feed:
     def _raw(self, epoch: int, start: int) -> Iterator[PyTree]:
         if hasattr(self.loader, "batches"):
             return self.loader.batches(epoch, start)
-        if self._opened is not None:
-            opened, self._opened = self._opened, None
+        opened = self._opened or iter(self.loader)
+        skipped = self._taken if is_one_pass(self.loader) else start
+        restored = self._restored if skipped else None
+        self._opened, self._taken, self._restored = None, 0, None
+        if restored is not None:
+            opened.set_state(restored)  # type: ignore[attr-defined]
             return opened
-        return islice(iter(self.loader), start, None)
+        return self._replayed(opened, skipped) if skipped else opened
+
+    def go_on(self, taken: int, state: Any) -> None:
+        """Makes the next epoch go on after `taken` batches in all, with the iterator in `state`,
+        where it had one."""
+        self._taken, self._restored = taken, state
+
+    def _replayed(self, opened: Iterator[PyTree], count: int) -> Iterator[PyTree]:
+        if not isinstance(self.loader, list | tuple):
+            warnings.warn(
+                f"The {self.name} data is a `{type(self.loader).__name__}`, which can't be entered "
+                f"in the middle: to go on, {count} batches are read and thrown away, and the run "
+                "is the same only if they are the same ones again. A `DataLoader` goes on at once, "
+                "and so does an iterator with `get_state` and `set_state`.",
+                stacklevel=2,
+            )
+        return islice(opened, count, None)
 
     def _all_on_device(self) -> list[DeviceBatch] | None:
         """The batches themselves, where they are a list of arrays that already lie right."""
@@ -99,18 +131,24 @@ class Feed:
         return [self._checked(batch) for batch in self.loader]
 
     def _checked(self, batch: PyTree) -> DeviceBatch:
-        structure: Any = jax.tree.structure(batch)
+        leaves, structure = jax.tree.flatten(batch)
         if structure != self.structure:
             raise ValueError(
                 f"A {self.name} batch has the structure {structure}, but the first one had "
                 f"{self.structure}. All batches have to be alike."
             )
-        check_leading_axes(batch, f"A {self.name} batch")
-        placed = self._placement.put(batch)
-        leaves = jax.tree.leaves(placed)
-        return DeviceBatch(placed, leaves, tuple(leaf.shape for leaf in leaves))
+        shapes = tuple(map(np.shape, leaves))
+        if shapes not in self._checked_shapes:
+            check_leading_axes(batch, f"A {self.name} batch")
+            self._checked_shapes.add(shapes)
+        placed = self._placement.put(leaves)
+        return DeviceBatch(jax.tree.unflatten(structure, placed), placed, shapes)
 
-    @property
+    def _with_state(self, raw: Any) -> Iterator[DeviceBatch]:
+        for batch in raw:
+            yield self._checked(batch)._replace(state=_state(raw))
+
+    @cached_property
     def shapes(self) -> list[PyTree]:
         """Abstract batches of every announced shape, the usual one first."""
         announced = getattr(self.loader, "batch_shapes", None)
@@ -149,8 +187,9 @@ class Feed:
             yield from self._resident[start:stop]
             return
         count = None if stop is None else max(stop - start, 0)
-        batches = map(self._checked, islice(self._raw(epoch, start), count))
-        reader = _ReadAhead(batches, self._prefetch, self._poll)
+        raw = self._raw(epoch, start)
+        checked = self._with_state if _has_state(raw) else partial(map, self._checked)
+        reader = _ReadAhead(islice(checked(raw), count), self._depth, self._poll)
         try:
             for batch in reader:
                 yield batch
@@ -168,6 +207,19 @@ class Feed:
         return found | {"length": self.length, "batch": spec}
 
 
+def is_one_pass(loader: Any) -> bool:
+    """Whether `loader` gives its batches once, as generators do."""
+    return not hasattr(loader, "batches") and isinstance(loader, Iterator)
+
+
+def _has_state(iterator: Any) -> bool:
+    return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
+
+
+def _state(iterator: Any) -> Any:
+    return copy.deepcopy(iterator.get_state()) if _has_state(iterator) else None
+
+
 def _limited(length: int | None, limit: int | float, name: str) -> int | None:
     if isinstance(limit, int) and not isinstance(limit, bool):
         return limit if length is None else min(limit, length)
@@ -178,6 +230,12 @@ def _limited(length: int | None, limit: int | float, name: str) -> int | None:
             f"The {name} data has no length, so {limit} of it is unknown. Limit it with an integer."
         )
     return int(length * limit) if limit == 0 or int(length * limit) > 0 else 1
+
+
+def _depth(batch: PyTree, least: int) -> int:
+    """How many batches to read ahead: of small ones more, up to 1 MiB of them."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    return max(least, min(_MOST_AHEAD, 2**20 // max(size, 1)))
 
 
 def _check_finite(batch: PyTree, name: str) -> None:
@@ -192,6 +250,7 @@ def _check_finite(batch: PyTree, name: str) -> None:
 
 
 _END = object()
+_MOST_AHEAD = 16
 
 
 class _Failure(NamedTuple):
@@ -205,9 +264,10 @@ class _ReadAhead:
         self.wait_s = 0.0
         self._poll = poll
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        for _ in range(max(depth, 1)):
-            self._room.put(True)
+        self._room: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._room.put(depth)
+        # Room is given back by halves: a change of threads costs more than reading a small batch.
+        self._share = max(depth // 2, 1)
         self._thread = threading.Thread(
             target=self._run, args=(items,), name="jaxlightning-feed", daemon=True
         )
@@ -215,15 +275,17 @@ class _ReadAhead:
 
     def _run(self, items: Iterator[Any]) -> None:
         try:
-            while self._room.get():
-                item = next(items, _END)
-                self._ready.put(item)
-                if item is _END:
-                    return
+            while room := self._room.get():
+                for _ in range(room):
+                    item = next(items, _END)
+                    self._ready.put(item)
+                    if item is _END:
+                        return
         except BaseException as error:
             self._ready.put(_Failure(error))
 
     def __iter__(self) -> Iterator[Any]:
+        taken = 0
         while True:
             try:
                 item = self._ready.get_nowait()
@@ -233,7 +295,10 @@ class _ReadAhead:
                 return
             if isinstance(item, _Failure):
                 raise item.error
-            self._room.put(True)
+            taken += 1
+            if taken == self._share:
+                self._room.put(taken)
+                taken = 0
             yield item
 
     def _wait(self) -> Any:
@@ -248,5 +313,5 @@ class _ReadAhead:
             return item
 
     def close(self) -> None:
-        """Lets the thread end after the item it is reading."""
-        self._room.put(False)
+        """Lets the thread end after what it has room for."""
+        self._room.put(0)

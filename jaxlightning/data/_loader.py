@@ -169,7 +169,7 @@ def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
             )
         dataset = source.with_format("numpy")
         return len(dataset), lambda rows: dict(dataset[rows.tolist()])
-    arrays = jax.tree.leaves(source)
+    arrays = [] if isinstance(source, Iterator) else jax.tree.leaves(source)
     if arrays and all(isinstance(leaf, np.ndarray | jax.Array) for leaf in arrays):
         held = jax.tree.map(np.asarray, source)
         check_leading_axes(held, "The `source` of this `DataLoader`", scalars=False)

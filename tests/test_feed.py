@@ -1,0 +1,445 @@
+"""From a loader to the devices: read ahead, checked, resumed; and whatever may be a loader."""
+
+import threading
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tasks import Classifier, assert_same, quiet, rows
+
+from jaxlightning import Callback, DataLoader, DataModule
+from jaxlightning.callbacks import ModelCheckpoint
+from jaxlightning.data import Feed
+from jaxlightning.parallel import Placement, make_mesh
+
+
+def batch_of(value, rows=2):
+    return {"x": np.full((rows, 1), value, np.float32)}
+
+
+def feed(loader, devices=1, **arguments):
+    placement = Placement(make_mesh(jax.devices()[:devices], None))
+    return Feed(loader, placement, name="training", **arguments)
+
+
+def values(batches):
+    """What each `batch_of` a number holds."""
+    return [float(batch.leaves[0][0, 0]) for batch in batches]
+
+
+class Numbers:
+    """An iterable of `count` batches, without a length; counts what it was asked for."""
+
+    def __init__(self, count):
+        self.count = count
+        self.iterations = self.read = 0
+
+    def __iter__(self):
+        self.iterations += 1
+        for i in range(self.count):
+            self.read += 1
+            yield batch_of(i)
+
+
+class Stateful(Numbers):
+    """As Grain has them: iterators with `get_state` and `set_state`."""
+
+    def __iter__(self):
+        self.iterations += 1
+        return StatefulIterator(self)
+
+
+class StatefulIterator:
+    def __init__(self, of, state=dict):
+        self.of, self.at = of, {"next": 0}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at["next"] >= self.of.count:
+            raise StopIteration
+        self.of.read += 1
+        self.at["next"] += 1
+        return batch_of(self.at["next"] - 1)
+
+    def get_state(self):
+        return self.at
+
+    def set_state(self, state):
+        self.at = dict(state)
+
+
+class BytesIterator(StatefulIterator):
+    """Whose state is opaque, as that of Grain's `DataLoader`."""
+
+    def get_state(self):
+        return b"\xff" + bytes([self.at["next"]])
+
+    def set_state(self, state):
+        self.at = {"next": state[1]}
+
+
+class OfBytes(Stateful):
+    def __iter__(self):
+        self.iterations += 1
+        return BytesIterator(self)
+
+
+# What is read, when, and how far ahead
+
+
+def test_batches_are_on_the_device_and_frozen():
+    batch = batch_of(3)
+    (found,) = feed([batch]).epoch(0)
+    assert isinstance(found.leaves[0], jax.Array)
+    assert found.batch["x"] is found.leaves[0]
+    assert found.shapes == ((2, 1),)
+    with pytest.raises(ValueError, match="read-only"):
+        batch["x"][0] = 4  # on CPU, the array on the device may be this very buffer
+
+
+def test_batches_that_lie_on_the_device_already_are_passed_through():
+    batches = [{"x": jax.device_put(jnp.ones((2, 1)) * i, jax.devices()[0])} for i in range(3)]
+    before = threading.active_count()
+    found = list(feed(batches).epoch(0, 1))
+    assert [batch.leaves[0] is given["x"] for batch, given in zip(found, batches[1:], strict=True)]
+    assert all(b.leaves[0] is g["x"] for b, g in zip(found, batches[1:], strict=True))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("rows_", "prefetch", "depth"), [(2**18, 1, 1), (2**18, 3, 3), (2, 2, 16)], ids=str
+)
+def test_the_thread_reads_ahead_and_no_further(rows_, prefetch, depth):
+    """So many batches as asked for; of small ones more, because changing threads costs too."""
+    reads, taken, ahead = threading.Semaphore(0), 0, []
+
+    class Watched(Numbers):
+        def __iter__(self):
+            for i in range(self.count):
+                ahead.append(i + 1 - taken)
+                reads.release()
+                yield batch_of(i, rows_)
+
+    source = feed(Watched(60), prefetch=prefetch)
+    reads.acquire()
+    ahead.clear()
+    batches = source.epoch(0)
+    found = [next(batches)]
+    taken = 1
+    for _ in range(depth):  # though nobody asks for more than the first
+        assert reads.acquire(timeout=30)
+    for batch in batches:
+        taken += 1
+        found.append(batch)
+    assert values(found) == list(range(60))
+    # A batch makes room for another just before it is counted here.
+    assert depth <= max(ahead) <= depth + 1
+
+
+def test_an_exception_of_the_loader_is_raised_where_its_batch_would_come():
+    class Breaks(Numbers):
+        def __iter__(self):
+            yield batch_of(0)
+            yield batch_of(1)
+            raise ZeroDivisionError("in the loader")
+
+    batches = feed(Breaks(3)).epoch(0)
+    assert values([next(batches), next(batches)]) == [0, 1]
+    with pytest.raises(ZeroDivisionError, match="in the loader"):
+        next(batches)
+
+
+def test_the_thread_ends_when_the_epoch_is_left_early():
+    batches = feed(Numbers(1000)).epoch(0)
+    next(batches)
+    (thread,) = [t for t in threading.enumerate() if t.name == "jaxlightning-feed"]
+    batches.close()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_waiting_for_data_is_measured_and_may_be_interrupted():
+    class Asked(Exception):
+        pass
+
+    never = threading.Event()
+
+    class Hangs(Numbers):
+        def __iter__(self):
+            yield batch_of(0)
+            never.wait(30)
+
+    polls = []
+
+    def poll():
+        polls.append(None)
+        if len(polls) == 3:
+            raise Asked
+
+    batches = feed(Hangs(2), poll=poll).epoch(0)
+    try:
+        with pytest.raises(Asked):
+            list(batches)
+    finally:
+        never.set()
+
+    source = feed(Numbers(3))
+    list(source.epoch(0))
+    assert source.wait_s > 0
+
+
+# What may be a loader
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [batch_of(i) for i in range(4)],
+        lambda: tuple(batch_of(i) for i in range(4)),
+        lambda: Numbers(4),
+        lambda: Stateful(4),
+        lambda: (batch_of(i) for i in range(4)),
+        lambda: StatefulIterator(Numbers(4)),
+        lambda: map(batch_of, range(4)),
+        lambda: DataLoader({"x": np.repeat(np.arange(4.0), 2)[:, None]}, 2),
+    ],
+    ids=["list", "tuple", "iterable", "stateful", "generator", "iterator", "map", "DataLoader"],
+)
+def test_any_iterable_gives_all_its_batches_once(make):
+    marked = list(feed(make()).marked(0))
+    assert values(batch for batch, _ in marked) == [0, 1, 2, 3]
+    assert [last for _, last in marked] == [False, False, False, True]
+
+
+def test_an_iterable_is_iterated_anew_each_epoch_and_a_generator_goes_on():
+    again = feed(Numbers(5), limit=3)
+    assert [values(again.epoch(epoch)) for epoch in range(2)] == [[0, 1, 2], [0, 1, 2]]
+    once = feed((batch_of(i) for i in range(9)), limit=3)
+    assert [values(once.epoch(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_streaming_dataset_of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    columns = {"x": [[float(i)] for i in range(5)]}
+    stream = datasets.Dataset.from_dict(columns).to_iterable_dataset()
+    found = list(feed(stream.with_format("numpy").batch(2)).epoch(0))
+    assert values(found) == [0, 2, 4]
+    assert [batch.shapes for batch in found] == [((2, 1),), ((2, 1),), ((1, 1),)]
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "expected"),
+    [(7, 1.0, 7), (7, 3, 3), (7, 9, 9 - 2), (7, 0.5, 3), (7, 0.01, 1), (7, 0, 0), (7, 0.0, 0)],
+)
+def test_limits(length, limit, expected):
+    assert feed([batch_of(i) for i in range(length)], limit=limit).length == expected
+
+
+def test_a_fraction_of_an_unknown_length():
+    assert feed(Numbers(3), limit=2).length == 2
+    assert feed(Numbers(3), limit=1.0).length is None
+    with pytest.raises(ValueError, match=r"has no length, so 0\.5 of it is unknown\. Limit it wi"):
+        feed(Numbers(3), limit=0.5)
+
+
+# Announced shapes
+
+
+def test_shapes_of_a_list_are_those_of_its_batches():
+    batches = [batch_of(0, 4), batch_of(1, 4), batch_of(2, 3)]
+    sizes = lambda **arguments: [shape["x"].shape[0] for shape in feed(batches, **arguments).shapes]
+    assert sizes() == [4, 3]
+    assert sizes(limit=2) == [4]
+
+
+def test_shapes_of_a_loader_are_announced_unless_the_limit_cuts_them_off():
+    loader = DataLoader({"x": np.zeros((10, 1), np.float32)}, 4)
+    sizes = lambda **arguments: [shape["x"].shape[0] for shape in feed(loader, **arguments).shapes]
+    assert sizes() == [4, 2]
+    assert sizes(limit=3) == [4, 2]
+    assert sizes(limit=2) == [4]
+
+
+def test_shapes_are_read_once():
+    """Each look at `batch_shapes` reads two batches, and every validation looks."""
+    reads = []
+
+    class Source:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, rows):
+            reads.append(len(rows))
+            return {"x": np.zeros((len(rows), 1), np.float32)}
+
+    source = feed(DataLoader(Source(), 4))
+    first = source.shapes
+    before = len(reads)
+    assert source.shapes == first
+    assert len(reads) == before
+
+
+# Batches that are wrong
+
+
+def test_batches_have_to_be_alike():
+    other = {"x": batch_of(1)["x"], "y": batch_of(1)["x"]}
+    with pytest.raises(ValueError, match=r"A training batch has the structure .*'x': \*, 'y': \*"):
+        list(feed([batch_of(0), other]).epoch(0))
+
+
+def test_a_later_batch_whose_leaves_differ_in_size():
+    pair = lambda a, b: {"x": np.ones((a, 1), np.float32), "y": np.ones(b, np.float32)}
+    with pytest.raises(ValueError, match=r"A training batch has leaves .*\(`x`: 2, `y`: 3\)"):
+        list(feed([pair(2, 2), pair(2, 3)]).epoch(0))
+
+
+def test_a_length_that_is_not_true_is_noticed():
+    class Boasts(Numbers):
+        def __len__(self):
+            return self.count + 2
+
+    with pytest.raises(ValueError, match=r"says that it has 5 batches \(`__len__`\), but gave 3"):
+        list(feed(Boasts(3)).marked(0))
+
+
+# Going on in the middle
+
+
+def test_a_list_goes_on_without_a_word():
+    batches = [batch_of(i) for i in range(5)]
+    assert values(feed(batches).epoch(0, 3)) == [3, 4]
+
+
+def test_an_iterable_is_replayed_and_says_what_that_costs():
+    source = feed(Numbers(6))
+    with pytest.warns(UserWarning, match=r"`Numbers`, .* to go on, 4 batches are read and thrown"):
+        assert values(source.epoch(0, 4)) == [4, 5]
+
+
+def test_a_one_pass_iterator_is_replayed_over_all_epochs():
+    source = feed((batch_of(i) for i in range(20)), limit=5)
+    source.go_on(12, None)  # two epochs, and two batches of the third
+    with pytest.warns(UserWarning, match="12 batches are read and thrown away"):
+        assert values(source.epoch(2, 2)) == [12, 13, 14]
+    assert values(source.epoch(3)) == [15, 16, 17, 18, 19]
+
+
+@pytest.mark.parametrize("kind", [Stateful, OfBytes])
+def test_states_are_those_of_the_batches_and_not_of_the_thread_ahead(kind):
+    source = kind(8)
+    batches = list(feed(source, prefetch=8).epoch(0))
+    for number, batch in enumerate(batches[:-1], 1):
+        other = kind(8)
+        resumed = feed(other)
+        other.read = 0
+        resumed.go_on(number, batch.state)
+        assert values(resumed.epoch(0, number)) == list(range(number, 8))
+        assert other.read == 8 - number  # nothing was replayed
+
+
+def test_an_iterator_with_a_state_goes_on_over_epochs():
+    source = feed(StatefulIterator(Numbers(10)), limit=4)
+    list(source.epoch(0))
+    state = next(iter(source.epoch(1))).state
+    resumed = feed(StatefulIterator(Numbers(10)), limit=4)
+    resumed.go_on(5, state)
+    assert values(resumed.epoch(1, 1)) == [5, 6, 7]
+    assert values(resumed.epoch(2)) == [8, 9]
+
+
+class Batches:
+    """An iterable of the rows of a classification; with an iterator of one's choice."""
+
+    def __init__(self, stateful):
+        self.count, self.read, self.stateful = 7, 0, stateful
+        self.rows = list(DataLoader(rows(28), 4))
+
+    def __iter__(self):
+        numbers = StatefulIterator(self) if self.stateful else range(self.count)
+        return RowsOf(self, numbers) if self.stateful else (self.rows[i] for i in numbers)
+
+
+class RowsOf(StatefulIterator):
+    def __init__(self, of, numbers):
+        super().__init__(of)
+        self.numbers = numbers
+
+    def __next__(self):
+        return self.of.rows[int(super().__next__()["x"][0, 0])]
+
+
+class Stops(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise InterruptedError("as asked")
+
+
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_fit_on_an_iterable_resumes_exactly(tmp_path, stateful):
+    """With a length that nobody knows, so that the loop reads one batch ahead."""
+
+    def fit(*more, **options):
+        saves = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=3, save_top_k=-1)
+        trainer = quiet(
+            max_epochs=2, enable_checkpointing=None, callbacks=[saves, *more], on_recompile="raise"
+        )
+        return trainer.fit(Classifier(dropout=0.3), Batches(stateful), **options)
+
+    whole = quiet(max_epochs=2).fit(Classifier(dropout=0.3), Batches(stateful))
+    with pytest.raises(InterruptedError):
+        fit(Stops(11))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same(fit(resume="auto"), whole)
+    told = [str(w.message) for w in caught if "thrown away" in str(w.message)]
+    assert len(told) == (0 if stateful else 1)
+
+
+# Data modules
+
+
+def test_a_data_module_with_several_validation_loaders():
+    class Several(DataModule):
+        told: list = []
+
+        def prepare_data(self):
+            self.told.append("prepare_data")
+
+        def setup(self, stage):
+            self.told.append(f"setup {stage}")
+
+        def train_dataloader(self):
+            return DataLoader(rows(16), 8)
+
+        def val_dataloader(self):
+            return {"seen": DataLoader(rows(16), 8), "unseen": DataLoader(rows(9, seed=5), 4)}
+
+        def teardown(self, stage):
+            self.told.append(f"teardown {stage}")
+
+    numbers: list = []
+
+    class Watches(Callback):
+        def on_validation_batch_end(self, trainer, outputs, batch, batch_idx, dataloader_idx):
+            numbers.append((dataloader_idx, batch_idx))
+
+    module, trainer = Several(), quiet(max_epochs=1, callbacks=Watches())
+    trained = trainer.fit(Classifier(), module)
+    assert module.told == ["prepare_data", "setup fit", "teardown fit"]
+    assert numbers == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    assert trainer.num_val_batches == [2, 3]
+    alone = quiet().validate(trained, DataLoader(rows(9, seed=5), 9))
+    assert trainer.callback_metrics["val/unseen/loss"] == pytest.approx(alone["val/loss"], abs=1e-6)
+
+
+def test_a_generator_for_validation_is_refused():
+    with pytest.raises(TypeError, match=r"The validation data is a `generator`, which gives its"):
+        quiet(max_epochs=1).fit(Classifier(), DataLoader(rows(), 8), (b for b in [rows(4)]))
