@@ -55,7 +55,7 @@ def _parser() -> _Parser:
         name = field.metadata["group"]
         if name not in groups:
             groups[name] = pretrain.add_argument_group(name)
-        default = "" if field.default in (None, ()) else " (default %(default)s)"
+        default = "" if field.default in (None, (), False) else " (default %(default)s)"
         groups[name].add_argument(
             flag(field.name),
             *field.metadata["also"],

@@ -51,11 +51,6 @@ _UNUSED = r"(albert\.)?(pooler\.|embeddings\.position_ids$)|sop_classifier\.|pre
 integers, and the tied decoder, which repeats the word embeddings and the head's bias."""
 
 
-def names(model: Albert | AlbertForMaskedLM) -> dict[str, str]:
-    """Hugging Face's name of each array of `model`, by its path here."""
-    return {path: _name(path) for path, _ in _arrays(model)}
-
-
 def _arrays(model: Any) -> list[tuple[str, Any]]:
     arrays = eqx.filter(model, lambda leaf: eqx.is_array(leaf) or _is_abstract(leaf))
     leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]

@@ -56,8 +56,10 @@ def fill_mask(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: i
     if not len(blanks):
         raise ValueError(f"There is no `{_MASK}` in the text {text!r}. Write one where to guess.")
     if not 1 <= top_k <= task.config.vocab_size - len(special):
-        raise ValueError(f"`top_k={top_k}` has to lie between 1 and the number of pieces that are not special, "
-                f"{task.config.vocab_size - len(special)}.")
+        raise ValueError(
+            f"`top_k={top_k}` has to lie between 1 and the number of pieces that are not special, "
+            f"{task.config.vocab_size - len(special)}."
+        )
 
     length = row.shape[1]
     padded = min(-(-length // _ROUND) * _ROUND, task.config.max_position_embeddings)

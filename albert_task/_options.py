@@ -81,6 +81,13 @@ class PretrainOptions:
         metavar="NAME_OR_FILE",
     )
     steps: int = option(3000, "optimizer steps", group="model and training", type=int, metavar="N")
+    epochs: int | None = option(
+        None,
+        "passes over the text, in place of --steps",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
     batch_size: int = option(
         32, "rows in a batch, over all devices", group="model and training", type=int, metavar="N"
     )
@@ -111,6 +118,20 @@ class PretrainOptions:
     )
     weight_decay: float = option(
         0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
+    )
+    b1: float = option(
+        0.9,
+        "decay of the optimizer's first moment, or momentum",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    b2: float = option(
+        0.98,
+        "decay of the optimizer's second moment",
+        group="model and training",
+        type=float,
+        metavar="X",
     )
     clip: float = option(
         1.0,
@@ -170,7 +191,10 @@ class PretrainOptions:
         25, "steps from one log entry to the next", group="the run", type=int, metavar="N"
     )
     max_time: str | None = option(
-        None, "stop after DD:HH:MM:SS; the same command goes on", group="the run", metavar="TIME"
+        None,
+        "stop after so much training, DD:HH:MM:SS; with more of it the same command goes on",
+        group="the run",
+        metavar="TIME",
     )
     patience: int | None = option(
         None,
@@ -178,6 +202,28 @@ class PretrainOptions:
         group="the run",
         type=int,
         metavar="N",
+    )
+    keep: int = option(
+        1,
+        "checkpoints to keep, the best ones; the latest besides",
+        group="the run",
+        type=int,
+        metavar="N",
+    )
+    deterministic: bool = option(
+        False, "choose deterministic kernels on GPUs", group="the run", action="store_true"
+    )
+    detect_anomaly: bool = option(
+        False,
+        "on NaN, say in which operation it appears; slow",
+        group="the run",
+        action="store_true",
+    )
+    profile: bool = option(
+        False,
+        "trace some steps for TensorBoard and Perfetto",
+        group="the run",
+        action="store_true",
     )
 
     def __post_init__(self) -> None:
@@ -203,10 +249,14 @@ class PretrainOptions:
         return None if self.model in _PRESETS else self.config().vocab_size
 
     @property
-    def warmup_steps(self) -> int:
-        if self.warmup < 1:
-            return int(self.warmup * self.steps)
-        return int(self.warmup)
+    def max_steps(self) -> int:
+        """The limit in steps; -1 where it is `epochs`."""
+        return self.steps if self.epochs is None else -1
+
+    @property
+    def warmup_amount(self) -> int | float:
+        """A share of the run as a float, or else steps as an int."""
+        return self.warmup if self.warmup < 1 else int(self.warmup)
 
     def config(self, vocab_size: int | None = None) -> AlbertConfig:
         """The model's configuration, for a tokenizer of `vocab_size` pieces.
@@ -295,12 +345,19 @@ def _check_numbers(options: PretrainOptions) -> None:
         "seed": 0,
         "eval_interval": 1,
         "log_interval": 1,
-        "patience": 0,
+        "patience": 1,
+        "epochs": 1,
+        "keep": 1,
+        "b1": 0,
+        "b2": 0,
     }
     for name, low in least.items():
         value = getattr(options, name)
         if value is not None and not value >= low:
             raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
+    for name in ("b1", "b2"):
+        if not getattr(options, name) < 1:
+            raise ValueError(f"`{flag(name)} {getattr(options, name)}` has to be below 1.")
     for name in ("val_fraction", "mask_probability"):
         value = getattr(options, name)
         if not 0 < value < 1:
@@ -309,7 +366,7 @@ def _check_numbers(options: PretrainOptions) -> None:
         raise ValueError(f"`--dropout {options.dropout}` has to be below 1.")
     if options.lr is not None and not options.lr > 0:
         raise ValueError(f"`--lr {options.lr}` has to be above 0.")
-    if options.warmup_steps >= options.steps:
+    if options.epochs is None and options.warmup_amount >= options.steps:
         raise ValueError(
             f"`--warmup {options.warmup:g}` takes all of the `--steps {options.steps}`. Write a "
             "share such as `--warmup 0.05`."

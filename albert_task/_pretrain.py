@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from jaxlightning import Callback, Trainer, load_weights
-from jaxlightning._flops import device_peak
+from jaxlightning._flops import device_peak, matmul_peak
 from jaxlightning.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
@@ -24,6 +23,7 @@ from jaxlightning.callbacks import (
     ModelCheckpoint,
     SkipNonFinite,
     ThroughputMonitor,
+    Timer,
     TQDMProgressBar,
 )
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
@@ -40,6 +40,8 @@ SENTENCES = (
     "this function is [MASK] by default.",
     "the number of [MASK] in the list.",
 )
+
+_SHOWN = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
 
 def pretrain(prepared: Prepared, trainer: Trainer) -> int:
@@ -69,12 +71,16 @@ def finished(folder: Path, options: PretrainOptions) -> dict[str, Any] | None:
         result = json.loads((folder / "result.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    if options.epochs is None:
+        done = result["steps"] >= options.steps
+    else:
+        done = result["epochs"] >= options.epochs
     stopped = result["stopped"] is not None and result["limits"] == _limits(options)
-    return result if result["steps"] >= options.steps or stopped else None
+    return result if done or stopped else None
 
 
 def _limits(options: PretrainOptions) -> dict[str, Any]:
-    """What may end a run before its last step."""
+    """What may end a run early."""
     return {"max_time": options.max_time, "patience": options.patience}
 
 
@@ -86,21 +92,24 @@ def make_trainer(options: PretrainOptions, folder: Path) -> Trainer:
 
     **Raises:** `ValueError` for what this machine or the Trainer refuses.
     """
-    logs = {"save_dir": folder, "name": "", "version": "logs"}
+    logs: dict[str, Any] = {"save_dir": folder, "name": "", "version": "logs"}
     return Trainer(
-        max_steps=options.steps,
-        max_epochs=-1,
+        max_steps=options.max_steps,
+        max_epochs=options.epochs or -1,
         max_time=options.max_time,
-        val_check_interval=options.eval_interval,
+        val_check_interval=options.eval_interval * options.accumulate,  # in batches
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=options.log_interval,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip or None,
         precision=options.precision,
-        devices=options.devices if options.devices == "auto" else int(options.devices),
+        devices=_devices(options),
         strategy=options.strategy,
         steps_per_dispatch=options.steps_per_dispatch,
+        deterministic=options.deterministic,
+        detect_anomaly=options.detect_anomaly,
+        profiler="jax" if options.profile else None,
         seed=options.seed,
         callbacks=_callbacks(options, folder),
         logger=[TensorBoardLogger(**logs), CSVLogger(**logs)],
@@ -108,16 +117,21 @@ def make_trainer(options: PretrainOptions, folder: Path) -> Trainer:
     )
 
 
+def _devices(options: PretrainOptions) -> str | int:
+    return options.devices if options.devices == "auto" else int(options.devices)
+
+
 def _callbacks(options: PretrainOptions, folder: Path) -> list[Callback]:
     stopping: list[Callback] = []
     if options.patience is not None:
         stopping = [EarlyStopping("val/loss", patience=options.patience)]
     return [
-        LearningRateSchedule(options.schedule, warmup=options.warmup_steps),
+        LearningRateSchedule(options.schedule, warmup=options.warmup_amount),
         LearningRateMonitor(),
         SkipNonFinite(),
         ThroughputMonitor(tokens=lambda batch: batch["input_ids"].size),
-        TQDMProgressBar(metrics=("train/loss", "train/accuracy", "val/loss", "val/accuracy")),
+        Timer(),
+        TQDMProgressBar(whole=True, metrics=_SHOWN),
         *stopping,
         ModelCheckpoint(
             folder / "checkpoints",
@@ -125,6 +139,7 @@ def _callbacks(options: PretrainOptions, folder: Path) -> list[Callback]:
             auto_insert_metric_name=False,
             monitor="val/loss",
             every_n_train_steps=options.eval_interval,
+            save_top_k=options.keep,
             save_last=True,
             save_on_exception=True,
         ),
@@ -148,6 +163,8 @@ def new_task(
         optimizer=options.optimizer,
         learning_rate=options.peak,
         weight_decay=options.weight_decay,
+        b1=options.b1,
+        b2=options.b2,
     )
     bias = jnp.log(jnp.asarray(frequencies, jnp.float32))
     return eqx.tree_at(lambda task: task.head.bias, task, bias)
@@ -164,21 +181,20 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     baseline = data.baseline()
     frequencies = _smoothed(data.train_rows.counts())
     begin_run(prepared)
-    start = time.perf_counter()
-    task = trainer.fit(
+    task: Any = trainer.fit(
         lambda key: new_task(key, prepared, frequencies), datamodule=data, resume="auto"
     )
-    seconds = time.perf_counter() - start
-    scores = trainer.validate(task, datamodule=data)
     saved = trainer.checkpoint_callback
-    steps, path = trainer.global_step, saved.last_model_path
+    scores, path = _scores(task, prepared), saved.last_model_path
     best = saved.best_model_score
     if best is not None and best < scores["val/loss"]:
         path = saved.best_model_path
         task = load_weights(path, task)
-        scores = trainer.validate(task, datamodule=data)
+        scores = _scores(task, prepared)
+    steps = trainer.global_step
     return {
         "steps": steps,
+        "epochs": trainer.current_epoch,
         "stopped": trainer.stop_reason,
         "limits": _limits(options),
         "val_loss": scores["val/loss"],
@@ -186,30 +202,55 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         "baseline": baseline._asdict() | {"piece": prepared.tokenizer.id_to_token(baseline.piece)},
         "parameters": sum(x.size for x in jax.tree.leaves(eqx.filter(task, eqx.is_array))),
         "tokens": steps * options.batch_size * options.accumulate * options.seq_len,
-        "seconds": seconds,
-        **_speed(Path(trainer.log_dir or ""), trainer),
+        "seconds": _timer(trainer).time_elapsed("train"),
+        **_speed(trainer),
         "logs": trainer.log_dir,
         "checkpoint": path,
         "filled": [_filled(task, prepared, sentence) for sentence in SENTENCES],
     }
 
 
-def _speed(logs: Path, trainer: Trainer) -> dict[str, Any]:
+def _scores(task: AlbertForMaskedLM, prepared: Prepared) -> dict[str, float]:
+    """The validation, by a trainer of its own, which logs nothing."""
+    options = prepared.options
+    quiet = Trainer(
+        precision=options.precision,
+        devices=_devices(options),
+        strategy=options.strategy,
+        seed=options.seed,
+        callbacks=[TQDMProgressBar()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    return quiet.validate(task, datamodule=prepared.data)
+
+
+def _timer(trainer: Trainer) -> Timer:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, Timer))
+
+
+def _speed(trainer: Trainer) -> dict[str, Any]:
     """Medians over all that was logged, earlier starts of the run included."""
-    with (logs / CSVLogger.file_name).open(newline="") as file:
+    with Path(trainer.log_dir or "", CSVLogger.file_name).open(newline="") as file:
         rows = list(csv.DictReader(file))
 
     def median(name: str) -> float | None:
         values = [float(row[name]) for row in rows if row.get(name)]
         return statistics.median(values) if values else None
 
-    flops, mfu = median("throughput/flops_per_s"), median("throughput/mfu")
-    device = trainer.mesh.devices.flat[0]
+    flops, share = median("throughput/flops_per_s"), median("throughput/mfu")
+    peak = flops / share if flops and share else None
+    dtype = trainer.precision.compute
+    published = device_peak(trainer.mesh.devices.flat[0].device_kind, dtype)
+    if peak and published is None and jax.process_count() == 1:
+        # Measured before training, perhaps while the machine was busy: the better of two counts.
+        peak = max(peak, matmul_peak(dtype=dtype))
     return {
         "tokens_per_s": median("throughput/tokens_per_s"),
-        "mfu": mfu,
-        "peak": flops / mfu if flops and mfu else None,
-        "peak_measured": device_peak(device.device_kind, trainer.precision.compute) is None,
+        "mfu": flops / peak if flops and peak else None,
+        "peak": peak,
+        "peak_measured": published is None,
     }
 
 
@@ -259,8 +300,8 @@ def report(result: dict[str, Any]) -> str:
 def _duration(result: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(result["seconds"]), 60)
     return (
-        f"{result['steps']:,} steps, {result['tokens'] / 1e6:,.1f} M tokens; this start took "
-        f"{minutes} min {seconds} s{_because(result)}"
+        f"{result['steps']:,} steps, {result['tokens'] / 1e6:,.2f} M tokens in {minutes} min "
+        f"{seconds} s{_because(result)}"
     )
 
 

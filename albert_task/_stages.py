@@ -40,7 +40,8 @@ _Size = Callable[[], tuple[int, int]]
 
 # Options that may change from one start of a run to the next.
 _FREE = (
-    "out", "steps", "max_time", "patience", "eval_interval", "devices", "strategy",
+    "out", "steps", "epochs", "max_time", "patience", "eval_interval", "keep", "devices",
+    "strategy", "deterministic", "detect_anomaly", "profile",
 )  # fmt: skip
 
 

@@ -110,6 +110,11 @@ class Arguments:
                 raise ValueError(
                     f"`{name}={value!r}` has to be an integer of at least {smallest}{means}."
                 )
+        if self.seed >= 2**32:
+            raise ValueError(
+                f"`seed={self.seed}` has to be below 2**32: of larger ones JAX keeps 32 bits, so "
+                "that different seeds would give the same run."
+            )
 
     def _check_switches(self) -> None:
         switches = ("deterministic", "detect_anomaly", "barebones", *OPTIONAL[-3:])
@@ -121,6 +126,11 @@ class Arguments:
             raise ValueError(
                 f"`fast_dev_run={self.fast_dev_run!r}` has to be `True`, `False`, or a number of "
                 "batches."
+            )
+
+        if not isinstance(self.default_root_dir, str | os.PathLike | None):
+            raise TypeError(
+                f"`default_root_dir={self.default_root_dir!r}` has to be the path of a folder."
             )
 
     def _check_limits(self) -> None:

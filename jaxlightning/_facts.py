@@ -35,8 +35,20 @@ class Facts:
     stage: str | None
 
     def explain_schedule(self, steps: int) -> str:
-        """Which hook fires at which of the next steps. For a Trainer that has begun a fit."""
-        return describe_schedule(self._schedule.explain(steps, self._position))
+        """Which hook fires at which of the next steps, or, after a fit, of its first steps.
+
+        Blocks of `steps_per_dispatch` steps also end where a batch has another shape.
+        """
+        if self._run is None:
+            raise RuntimeError(
+                "`explain_schedule` needs to know the data. Call it after `fit`, or in a hook such "
+                "as `on_train_start`."
+            )
+        over = self._schedule.finished(self._position)
+        start = Position() if over else self._position
+        block = self._arguments.steps_per_dispatch
+        plan = self._schedule.explain(steps, start, block, self._bus.needs_state)
+        return describe_schedule(plan)
 
     @property
     def state(self) -> TrainState:

@@ -27,6 +27,11 @@ def describe(leaf: Leaf) -> str:
     return text + weak + (f", sharded {spec}" if spec else "")
 
 
+def compiler_options(deterministic: bool, platform: str) -> dict[str, Any] | None:
+    """What XLA is told for `deterministic=True`. Only GPUs have kernels that are not."""
+    return {"xla_gpu_deterministic_ops": True} if deterministic and platform == "gpu" else None
+
+
 class Program:
     """A compiled function of a tree of arrays that is kept (donated) and a tree that varies.
 

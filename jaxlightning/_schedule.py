@@ -114,15 +114,27 @@ class Schedule:
                 return ahead
         return most
 
-    def explain(self, steps: int, start: Position) -> list[tuple[int, list[str]]]:
-        """What happens at each of the next `steps` steps."""
+    def explain(
+        self,
+        steps: int,
+        start: Position,
+        most: int = 1,
+        needs_state: Callable[[int], bool] = lambda step: False,
+    ) -> list[tuple[int, list[str]]]:
+        """What happens at each of the next `steps` steps, in blocks of `most`."""
         at = dataclasses.replace(start)
         found: list[tuple[int, list[str]]] = []
+        block_end = at.step
         while len(found) < steps and not self.finished(at):
+            if at.step == block_end:
+                block_end += self.block(at, most, needs_state)
             left = math.inf if self.epoch_batches is None else self.epoch_batches - at.batches
             window = int(min(self.accumulate, left))
             at.advance(window, last=window == left)
             events = ["step", "on_train_batch_end"]
+            found.append((at.step, events))
+            if at.step < block_end:
+                continue
             if self.logs(at.step):
                 events.append("log")
             if self.validates_at(at):
@@ -130,7 +142,6 @@ class Schedule:
             events.append("on_checkpoint('step')")
             if at.last or self.finished(at):
                 events += ["on_train_epoch_end", "on_checkpoint('epoch')"]
-            found.append((at.step, events))
             if at.last:
                 at.end_epoch()
         return found
@@ -163,7 +174,3 @@ def val_batches(interval: int | float, epoch_batches: int | None, across: bool) 
 def describe_schedule(plan: list[tuple[int, list[str]]]) -> str:
     """One line a step."""
     return "\n".join(f"step {step}: {' ▸ '.join(events)}" for step, events in plan)
-
-
-def position_from(values: dict[str, Any]) -> Position:
-    return Position(**values)

@@ -22,6 +22,7 @@ from ._facts import Facts
 from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
+from ._program import compiler_options
 from ._resume import Saver, load_weights, resolve, restore, save_interrupted
 from ._schedule import Schedule
 from ._signals import Interrupted, Signals
@@ -143,10 +144,8 @@ class Trainer(Facts):
         self._default_folder = ("default_root_dir",) if logger in (None, True) else ()
         self.mesh = make_mesh(pick_devices(devices), self._arguments.mesh)
         self._placement = Placement(self.mesh)
-        self._compiler_options = (
-            {"xla_gpu_deterministic_ops": True}
-            if deterministic and self.mesh.devices.flat[0].platform == "gpu"
-            else None
+        self._compiler_options = compiler_options(
+            deterministic, self.mesh.devices.flat[0].platform
         )
         self.precision = Precision.named(precision)
         self._evaluator = Evaluator(

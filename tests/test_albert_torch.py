@@ -82,11 +82,19 @@ def every_hidden(albert, tokens, mask, types):
     for group in albert.config.layer_groups:
         for layer in albert.groups[group]:
             x = layer(x, mask[:, None, :], None)
-        yield x
+            yield x
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("base", "eager"),
+        ("base", "sdpa"),
+        ("wide_groups", "sdpa"),
+        ("groups", "eager"),
+        ("erf_gelu", "sdpa"),
+    ],
+)
 def test_hidden_pooled_and_logits(name, attention):
     config = CONFIGS[name]
     inputs = batch(config)
@@ -103,6 +111,8 @@ def test_hidden_pooled_and_logits(name, attention):
     }
     if name != "base":
         ours = list(every_hidden(albert, tokens, mask, types))
+        if len(found.hidden_states) < len(ours):  # transformers 4 leaves out the inner ones
+            ours = ours[:: config.inner_group_num]
         pairs = zip(ours, found.hidden_states, strict=True)
         measured["every_hidden"] = max(difference(*pair) for pair in pairs)
 

@@ -74,7 +74,7 @@ class Feed:
         first = self._first()
         check_leading_axes(first, f"The first {name} batch")
         _check_finite(first, name)
-        self.structure = jax.tree.structure(first)
+        self.structure: Any = jax.tree.structure(first)
         self.spec = abstract(first)
         self._depth = _depth(self.spec, prefetch)
         self._resident = self._all_on_device()
@@ -96,12 +96,12 @@ class Feed:
     def _raw(self, epoch: int, start: int) -> Iterator[PyTree]:
         if hasattr(self.loader, "batches"):
             return self.loader.batches(epoch, start)
-        opened = self._opened or iter(self.loader)
+        opened: Any = self._opened or iter(self.loader)
         skipped = self._taken if is_one_pass(self.loader) else start
         restored = self._restored if skipped else None
         self._opened, self._taken, self._restored = None, 0, None
         if restored is not None:
-            opened.set_state(restored)  # type: ignore[attr-defined]
+            opened.set_state(restored)
             return opened
         return self._replayed(opened, skipped) if skipped else opened
 
@@ -132,7 +132,7 @@ class Feed:
 
     def _checked(self, batch: PyTree) -> DeviceBatch:
         leaves, structure = jax.tree.flatten(batch)
-        if structure != self.structure:
+        if self.structure != structure:
             raise ValueError(
                 f"A {self.name} batch has the structure {structure}, but the first one had "
                 f"{self.structure}. All batches have to be alike."
@@ -157,7 +157,7 @@ class Feed:
             return list(announced) if complete else [self.spec]
         if isinstance(self.loader, list | tuple):
             sizes = map(abstract, self.loader[: self.length])
-            return list({str(size): size for size in sizes}.values())
+            return list({tuple(jax.tree.leaves(size)): size for size in sizes}.values())
         return [self.spec]
 
     def marked(self, epoch: int, start: int = 0) -> Iterator[tuple[DeviceBatch, bool]]:

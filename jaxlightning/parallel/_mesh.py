@@ -77,9 +77,15 @@ def make_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int] | Mesh | N
         )
     sizes = dict(shape or {"data": -1})
     _check_axes(sizes)
+    for axis, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or size > 0):
+            raise ValueError(
+                f"`mesh` has the size {size!r} for its axis `{axis}`. A size is a positive "
+                "integer, or -1, which means what the others leave."
+            )
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or fixed < 1 or len(devices) % fixed or (not free and fixed != len(devices)):
+    if len(free) > 1 or len(devices) % fixed or (not free and fixed != len(devices)):
         raise ValueError(
             f"`mesh={sizes}` does not fit {len(devices)} devices: the product of the sizes has to "
             "be their number. One size may be -1, which means what the others leave."
