@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -82,24 +83,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(given: dict[str, Any]) -> int:
-    try:
-        options = PretrainOptions(**given)
-        from ._pretrain import make_trainer, pretrain
-        from ._stages import prepare, run_folder
+    with contextlib.ExitStack() as held:
+        try:
+            options = PretrainOptions(**given)
+            from ._pretrain import make_trainer, pretrain
+            from ._stages import locked, prepare, run_folder
 
-        trainer = make_trainer(options, run_folder(options.out))
-        prepared = prepare(options)
-    except (ValueError, OSError) as error:
-        return _refused(error)
-    try:
-        return pretrain(prepared, trainer)
-    except (ValueError, OSError, CheckpointError) as error:
-        if trainer.compile_s:
-            raise
-        return _refused(error)  # before anything was computed: something that was given
-    except SystemExit as stop:  # a signal, after which the Trainer has saved
-        print("The same command goes on from there.", file=sys.stderr)
-        return int(stop.code or 0)
+            folder = run_folder(options.out)
+            held.enter_context(locked(folder))
+            trainer = make_trainer(options, folder)
+            prepared = prepare(options)
+        except (ValueError, OSError) as error:
+            return _refused(error)
+        try:
+            return pretrain(prepared, trainer)
+        except (ValueError, OSError, CheckpointError) as error:
+            if trainer.compile_s:
+                raise
+            return _refused(error)  # before anything was computed: something that was given
+        except SystemExit as stop:  # a signal, after which the Trainer has saved
+            print("The same command goes on from there.", file=sys.stderr)
+            return int(stop.code or 0)
 
 
 def _refused(error: Exception) -> int:

@@ -73,7 +73,7 @@ def _is_transposed(path: str, array: Any) -> bool:
     return path.endswith(".weight") and array.ndim == 2
 
 
-def to_tensors(model: Albert | AlbertForMaskedLM) -> dict[str, Shaped[np.ndarray, "..."]]:
+def to_tensors(model: Albert | AlbertForMaskedLM) -> dict[str, Shaped[np.ndarray, ...]]:
     """The arrays as Hugging Face's `state_dict` has them, by its names. Blocks on the device."""
     tensors = {}
     for path, leaf in _arrays(model):

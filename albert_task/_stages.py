@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlightning._checkpoint_files import RunLock, RunLocked
+
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData, TokenStore, encode_documents, open_tokens
@@ -103,6 +105,22 @@ def run_folder(path: str | Path) -> Path:
             "Choose another one: `--out FOLDER`."
         ) from None
     return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in the folder of the run.
+
+    **Raises:** `ValueError` where one does already.
+    """
+    try:
+        lock = RunLock(folder)
+    except RunLocked as error:
+        raise ValueError(f"{error} Here that is `--out FOLDER`.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # The run's identity

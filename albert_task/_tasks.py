@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -57,7 +58,9 @@ class Rows(NamedTuple):
         shapes differ.
         """
         for key in sorted(set(batch) - set(_KEYS)):
-            if near := nearest(key, _KEYS):
+            # Close ones only: others, such as `special_tokens_mask`, may be there unread.
+            if difflib.get_close_matches(key, _KEYS, cutoff=0.7):
+                near = nearest(key, _KEYS)
                 raise ValueError(f"`AlbertForMaskedLM` reads no `{key}` in a batch.{near}")
         name = "input_ids" if "input_ids" in batch and "tokens" not in batch else "tokens"
         tokens = batch[name]
@@ -69,7 +72,7 @@ class Rows(NamedTuple):
                 )
         segments = batch.get("segment_ids")
         if "attention_mask" in batch:
-            own = batch["attention_mask"] != 0
+            own = batch["attention_mask"].astype(bool)
         elif segments is not None:
             own = segments != 0
         else:

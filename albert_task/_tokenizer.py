@@ -141,6 +141,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:
         raise ValueError(f"`{path}` is no tokenizer that can be read: {error}") from None
     special_ids(tokenizer)
+    # A file keeps what transformers last used it with, which would silently cut documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return tokenizer
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ._callback import Callback
 from ._checks import nearest
 from ._precision import Precision
-from .parallel import strategy_rules
+from .parallel import spec_axes, strategy_rules
 
 LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 
@@ -46,7 +46,7 @@ class Arguments:
     gradient_clip_val: float | None
     gradient_clip_algorithm: str | None
     precision: str | Precision
-    devices: int | str | Sequence[jax.Device]
+    devices: int | str | Sequence[jax.Device | int]
     strategy: str | Sequence[Any]
     mesh: Mapping[str, int] | Mesh | None
     deterministic: bool
@@ -156,7 +156,7 @@ class Arguments:
                 )
 
     def _check_devices(self) -> None:
-        strategy_rules(self.strategy)
+        rules = strategy_rules(self.strategy)
         if isinstance(self.mesh, Mesh) and self.devices != "auto":
             raise ValueError(
                 f"`mesh` is a `Mesh`, which has its devices, so `devices={self.devices!r}` "
@@ -165,12 +165,23 @@ class Arguments:
         if self.strategy == "fsdp":
             if self.mesh is None:
                 self.mesh = {"fsdp": -1}
-            axes = self.mesh.axis_names if isinstance(self.mesh, Mesh) else self.mesh
-            if "fsdp" not in axes:
+            if "fsdp" not in self._axes:
                 raise ValueError(
                     f'`strategy="fsdp"` shards over the axis "fsdp", which `mesh={self.mesh}` does '
                     'not have. Write `mesh={"fsdp": -1}`, or leave `mesh` out.'
                 )
+        for pattern, spec in rules:
+            for axis in () if callable(spec) else spec_axes(spec):
+                if axis not in self._axes:
+                    raise ValueError(
+                        f'`strategy` shards `{pattern}` over the axis "{axis}", which the mesh '
+                        f'does not have; its axes are {self._axes}. Write `mesh={{"{axis}": -1}}`.'
+                    )
+
+    @property
+    def _axes(self) -> list[str]:
+        shape = self.mesh.axis_names if isinstance(self.mesh, Mesh) else self.mesh or ("data",)
+        return list(shape) if isinstance(shape, Mapping | Sequence) else ["data"]
 
     def _check_combinations(self) -> None:
         def together(condition: bool, message: str) -> None:

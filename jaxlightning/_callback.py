@@ -271,7 +271,7 @@ class Bus(Callback):
             for callback in listeners:
                 _check_signature(callback, hook)
             setattr(self, hook, _broadcast(hook, listeners) if listeners else _nobody)
-        self._state_readers = [c.needs_state for c in self.callbacks if overrides(c, "needs_state")]
+        self._state_readers = [c for c in self.callbacks if overrides(c, "needs_state")]
         self.observers = [c for c in self.callbacks if overrides(c, "inside_step")]
         self.judges = [c for c in self.callbacks if overrides(c, "accept_step")]
         self.saves = any(overrides(c, "on_checkpoint") for c in self.callbacks)
@@ -284,13 +284,31 @@ class Bus(Callback):
             )
 
     def needs_state(self, step: int) -> bool:
-        return any(reads(step) for reads in self._state_readers)
+        callback: Callback | None = None
+        try:
+            for callback in self._state_readers:
+                if callback.needs_state(step):
+                    return True
+        except Exception as error:
+            # Asked at every step: a context manager would cost more than the question.
+            error.add_note(
+                f"Raised by the callback `{type(callback).__qualname__}` in `needs_state({step})`."
+            )
+            raise
+        return False
 
     def monitors(self) -> list[str]:
-        return [name for callback in self.callbacks for name in callback.monitors()]
+        return self._declared("monitors")
 
     def provides(self) -> list[str]:
-        return [name for callback in self.callbacks for name in callback.provides()]
+        return self._declared("provides")
+
+    def _declared(self, what: str) -> list[str]:
+        found: list[str] = []
+        for callback in self.callbacks:
+            with _blamed(callback, what):
+                found += getattr(callback, what)()
+        return found
 
     def evaluation_task(self, trainer: Trainer, task: TaskModule) -> TaskModule:
         for callback in self.callbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from typing import Any
 
@@ -44,7 +45,11 @@ def _with_field(tree: Any, name: str, value: Any) -> Any:
 
 
 def _check_fields(params: PyTree, names: set[str]) -> None:
-    trained = {f for f in params.__dataclass_fields__ if jax.tree.leaves(getattr(params, f, None))}
+    trained = {
+        field.name
+        for field in dataclasses.fields(params)
+        if not field.metadata.get("static") and jax.tree.leaves(getattr(params, field.name))
+    }
     unknown, uncovered = sorted(names - trained), sorted(trained - names)
     if unknown:
         near = difflib.get_close_matches(unknown[0], trained, n=1)

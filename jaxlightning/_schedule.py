@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 Phase = Literal["epoch", "stepped", "settled", "ended"]
 
@@ -123,6 +123,8 @@ class Schedule:
     ) -> list[tuple[int, list[str]]]:
         """What happens at each of the next `steps` steps, in blocks of `most`."""
         at = dataclasses.replace(start)
+        if at.last:
+            at.end_epoch()
         found: list[tuple[int, list[str]]] = []
         block_end = at.step
         while len(found) < steps and not self.finished(at):

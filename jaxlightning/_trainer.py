@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -109,7 +110,7 @@ class Trainer(Facts):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
         precision: str | Precision = "32-true",
-        devices: int | str | Sequence[jax.Device] = "auto",
+        devices: int | str | Sequence[jax.Device | int] = "auto",
         strategy: str | Sequence[Any] = "auto",
         mesh: Mapping[str, int] | Mesh | None = None,
         deterministic: bool = False,
@@ -144,9 +145,7 @@ class Trainer(Facts):
         self._default_folder = ("default_root_dir",) if logger in (None, True) else ()
         self.mesh = make_mesh(pick_devices(devices), self._arguments.mesh)
         self._placement = Placement(self.mesh)
-        self._compiler_options = compiler_options(
-            deterministic, self.mesh.devices.flat[0].platform
-        )
+        self._compiler_options = compiler_options(deterministic, self.mesh.devices.flat[0].platform)
         self.precision = Precision.named(precision)
         self._evaluator = Evaluator(
             self._placement, self.precision, on_recompile, self._compiler_options
@@ -345,6 +344,7 @@ class Trainer(Facts):
         self._sources, self._stage_entry = sources, entry
         setting_up.settle_versions(self.loggers, resuming)
         status = "failed"
+        failure: BaseException | None = None
         try:
             with self._signals:
                 try:
@@ -362,17 +362,32 @@ class Trainer(Facts):
                     self._bus.on_exception(self, KeyboardInterrupt(str(stop)))
                     raise SystemExit(stop.exit_code) from None
                 except BaseException as error:
+                    failure = error
                     self._on_exception(error)
                     raise
         finally:
             self._stage_entry = self.stage = None
+            self._leave(entry, status, failure)
+
+    def _leave(self, entry: str, status: str, failure: BaseException | None) -> None:
+        """Closes and tears down everything, whatever of it fails. `failure` is under way: what
+        else is raised is noted there, and hides nothing."""
+        endings = [
+            self._saver.close,
+            *(partial(logger.finalize, status) for logger in self.loggers),
+            partial(self._bus.teardown, self, entry),
+            partial(self._sources.module.teardown, entry),
+        ]
+        found: list[Exception] = []
+        for end in endings:
             try:
-                self._saver.close()
-            finally:
-                for logger in self.loggers:
-                    logger.finalize(status)
-                self._bus.teardown(self, entry)
-                sources.module.teardown(entry)
+                end()
+            except Exception as error:
+                found.append(error)
+        for error in found:
+            if failure is None:
+                raise error
+            _note(failure, error)
 
     def _on_exception(self, error: BaseException) -> None:
         """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""
@@ -383,7 +398,7 @@ class Trainer(Facts):
                 self._saver.save(self)
             self._sources.module.on_exception(error)
         except Exception as second:
-            error.add_note(f"While this was handled, {type(second).__name__}: {second}")
+            _note(error, second)
 
     def _begin_fit(self) -> None:
         self.should_stop, self.stop_reason = False, None
@@ -492,3 +507,7 @@ class Trainer(Facts):
 
     def delete_checkpoint(self, path: str | os.PathLike[str]) -> None:
         self._saver.delete(path)
+
+
+def _note(error: BaseException, second: Exception) -> None:
+    error.add_note(f"While this was handled, {type(second).__name__}: {second}")

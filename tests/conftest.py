@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -21,3 +22,11 @@ def store(tmp_path):
 
     with CheckpointStore(tmp_path / "run") as store:
         yield store
+
+
+@pytest.fixture
+def unchecked_types():
+    """As users run it: annotations of arguments are checked in tests only."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

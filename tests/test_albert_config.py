@@ -65,7 +65,7 @@ def test_the_default_is_the_released_xxlarge():
 def test_changes_of_a_preset():
     config = AlbertConfig.preset("small", vocab_size=99, hidden_dropout_prob=0.2)
     assert (config.vocab_size, config.hidden_dropout_prob, config.hidden_size) == (99, 0.2, 256)
-    with pytest.raises(ValueError, match="has no field `vocab`. Did you mean `vocab_size`"):
+    with pytest.raises(ValueError, match=r"has no field `vocab`. Did you mean `vocab_size`"):
         AlbertConfig.preset("small", vocab=99)
 
 
@@ -187,8 +187,8 @@ def test_what_cannot_be(changes, message):
 
 def test_unknown_presets():
     with pytest.raises(
-        ValueError, match="no ALBERT preset 'bas'; .*'xxlarge'. Did you mean `base`"
+        ValueError, match=r"no ALBERT preset 'bas'; .*'xxlarge'. Did you mean `base`"
     ):
         AlbertConfig.preset("bas")
-    with pytest.raises(ValueError, match="`version=3` is unknown; ALBERT has versions 1 and 2"):
+    with pytest.raises(ValueError, match=r"`version=3` is unknown; ALBERT has versions 1 and 2"):
         AlbertConfig.preset("base", 3)

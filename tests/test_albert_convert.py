@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_albert
 from safetensors.numpy import load_file, save_file
 from tiny_albert import TINY, numpy_albert, rows, tensors
 
-import tiny_albert
 from albert_task import (
     Albert,
     AlbertConfig,
@@ -208,17 +208,17 @@ def test_a_headless_checkpoint_names_what_the_head_lacks(task):
 
 
 def test_folders_without_a_model(task, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no `config.json` in .* Give the folder of a mod"):
+    with pytest.raises(FileNotFoundError, match=r"no `config.json` in .* Give the folder of a mod"):
         from_pretrained(tmp_path)
     save_pretrained(task, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="`pytorch_model.bin`, which is a pickle"):
+    with pytest.raises(FileNotFoundError, match=r"`pytorch_model.bin`, which is a pickle"):
         from_pretrained(tmp_path)
 
 
 def test_options_of_a_loaded_task_are_checked(task, tmp_path):
     save_pretrained(task, tmp_path)
-    with pytest.raises(ValueError, match="no option `lr`"):
+    with pytest.raises(ValueError, match=r"no option `lr`"):
         from_pretrained(tmp_path, lr=1e-3)
 
 

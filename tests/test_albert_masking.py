@@ -63,7 +63,7 @@ def test_each_row_has_its_exact_number(many):
 
 
 def test_of_ten_chosen_eight_are_hidden_one_is_random_one_stays(many):
-    tokens, _, found = many
+    *_, found = many
     rows, column = np.nonzero(found.weights)
     label, shown = found.labels[rows, column], found.tokens[rows, found.positions[rows, column]]
     count = len(label)

@@ -5,7 +5,6 @@ import threading
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -56,14 +55,6 @@ def loaded(tmp_path, **arguments):
         max_epochs=1,
         **arguments,
     )
-
-
-@pytest.fixture
-def unchecked_types():
-    """The stubs below are no arrays, which only the checker of the tests would mind."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked_types")

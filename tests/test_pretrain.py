@@ -18,11 +18,12 @@ from albert_task._cli import main
 from albert_task._options import PretrainOptions
 from albert_task._pretrain import SENTENCES, make_trainer, new_task
 from albert_task._stages import prepare
+from jaxlightning._checkpoint_files import RunLock
 from jaxlightning._checkpoint_read import load_arrays
 from jaxlightning.callbacks import EarlyStopping, LearningRateSchedule, ModelCheckpoint
 
-ANIMALS = "fox dog cat hen owl pig cow ant bee elk".split()
-PLACES = "barn lake hill wood farm yard road nest cave tree".split()
+ANIMALS = ["fox", "dog", "cat", "hen", "owl", "pig", "cow", "ant", "bee", "elk"]
+PLACES = ["barn", "lake", "hill", "wood", "farm", "yard", "road", "nest", "cave", "tree"]
 
 # The command, with a signal to itself at a step where one is given.
 PROGRAM = """
@@ -194,9 +195,7 @@ def test_the_same_command_again_says_that_it_is_done(whole, text, capsys, monkey
 
 
 @pytest.mark.parametrize(("signal", "code", "step"), [("SIGINT", 130, 13), ("SIGTERM", 143, 20)])
-def test_an_interrupted_run_goes_on_to_the_same_result(
-    whole, text, tmp_path, signal, code, step
-):
+def test_an_interrupted_run_goes_on_to_the_same_result(whole, text, tmp_path, signal, code, step):
     out = tmp_path / "run"
     cut = command(text, out, strike=(signal, step))
     assert cut.returncode == code, cut.stderr[-3000:]
@@ -213,11 +212,9 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     assert logged(out) == logged(whole.out)
 
 
-def test_two_runs_in_one_folder_are_refused(whole, text, tmp_path, capsys):
-    from jaxlightning._checkpoint_files import RunLock
-
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
+def test_a_second_run_in_a_folder_is_refused_at_once(text, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
     lock = RunLock(folder)
     try:
         code = "from albert_task._cli import main; raise SystemExit(main())"
@@ -231,8 +228,10 @@ def test_two_runs_in_one_folder_are_refused(whole, text, tmp_path, capsys):
     finally:
         lock.release()
     assert done.returncode == 2, done.stderr[-3000:]
-    assert str(os.getpid()) in done.stderr
+    assert f"`{folder}` is in use by process {os.getpid()}" in done.stderr
+    assert "Here that is `--out FOLDER`" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Reading" not in done.stderr
 
 
 # Options

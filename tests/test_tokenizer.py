@@ -43,6 +43,17 @@ def test_training_twice_gives_the_same_tokenizer(tokenizer):
     assert tokenizer_hash(train_tokenizer(LINES, 40)) != tokenizer_hash(tokenizer)
 
 
+def test_a_file_that_cuts_and_pads_does_neither_here(tokenizer, tmp_path):
+    tokenizer = type(tokenizer).from_str(tokenizer.to_str())
+    whole = tokenizer.encode(LINES[0]).ids
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(LINES[0]).ids == whole
+    assert loaded.encode("").ids == [2, 3]
+
+
 def test_text_comes_back_lower_cased_with_single_spaces(tokenizer):
     ids = tokenizer.encode("The  QUICK\nbrown   fox.").ids
     assert (ids[0], ids[-1]) == (2, 3)

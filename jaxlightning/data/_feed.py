@@ -73,6 +73,7 @@ class Feed:
         self._checked_shapes: set[tuple[tuple[int, ...], ...]] = set()
         first = self._first()
         check_leading_axes(first, f"The first {name} batch")
+        _check_rows(first, name)
         _check_finite(first, name)
         self.structure: Any = jax.tree.structure(first)
         self.spec = abstract(first)
@@ -236,6 +237,15 @@ def _depth(batch: PyTree, least: int) -> int:
     """How many batches to read ahead: of small ones more, up to 1 MiB of them."""
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     return max(least, min(_MOST_AHEAD, 2**20 // max(size, 1)))
+
+
+def _check_rows(batch: PyTree, name: str) -> None:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        if np.shape(leaf)[:1] == (0,):
+            raise ValueError(
+                f"The first {name} batch is empty: `{leaf_path(path)}` has no rows "
+                f"(its shape is {np.shape(leaf)})."
+            )
 
 
 def _check_finite(batch: PyTree, name: str) -> None:

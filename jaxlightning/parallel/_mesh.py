@@ -22,7 +22,7 @@ DATA_AXES = ("data", "fsdp")
 """The axes over which a batch is split."""
 
 
-def pick_devices(devices: int | str | Sequence[jax.Device]) -> list[jax.Device]:
+def pick_devices(devices: int | str | Sequence[jax.Device | int]) -> list[jax.Device]:
     """The devices that `Trainer(devices=...)` names: `"auto"`, `-1`, a count, or a list of devices
     or of their indices."""
     present = jax.devices()
@@ -99,9 +99,9 @@ def make_mesh(devices: Sequence[jax.Device], shape: Mapping[str, int] | Mesh | N
 def _check_axes(axes: Iterable[str]) -> None:
     for axis in axes:
         if axis not in AXES:
-            near = difflib.get_close_matches(axis, AXES, n=1)
-            hint = f" Did you mean `{near[0]}`?" if near else ""
-            raise ValueError(f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{hint}")
+            raise ValueError(
+                f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{_nearest_axis(axis)}"
+            )
 
 
 def fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -121,7 +121,7 @@ def strategy_rules(strategy: str | Sequence[Rule]) -> tuple[Rule, ...]:
     """The rules of a strategy's name, or the rules themselves."""
     if not isinstance(strategy, str):
         for rule in strategy if isinstance(strategy, list | tuple) else [strategy]:
-            _check_rule(rule)
+            _check_rule(rule, "`strategy`")
         return tuple(strategy)
     if strategy not in STRATEGIES:
         near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
@@ -133,7 +133,7 @@ def strategy_rules(strategy: str | Sequence[Rule]) -> tuple[Rule, ...]:
     return STRATEGIES[strategy]
 
 
-def _check_rule(rule: Any) -> None:
+def _check_rule(rule: Any, whose: str) -> None:
     is_pair = isinstance(rule, list | tuple) and len(rule) == 2
     if not (
         is_pair
@@ -141,9 +141,39 @@ def _check_rule(rule: Any) -> None:
         and (isinstance(rule[1], PartitionSpec) or callable(rule[1]))
     ):
         raise TypeError(
-            f"`strategy` has the rule {rule!r}. A rule is a pair of a regular expression on a "
+            f"{whose} has the rule {rule!r}. A rule is a pair of a regular expression on a "
             'leaf\'s path and a `PartitionSpec`: `("head/weight", PartitionSpec("tensor"))`.'
         )
+    for axis in () if callable(rule[1]) else spec_axes(rule[1]):
+        if axis not in AXES:
+            raise ValueError(
+                f'{whose} shards `{rule[0]}` over an unknown axis "{axis}"; the axes are {AXES}.'
+                f"{_nearest_axis(axis)}"
+            )
+
+
+def _nearest_axis(axis: str) -> str:
+    near = difflib.get_close_matches(axis, AXES, n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""
+
+
+def spec_axes(spec: Iterable[Any]) -> list[str]:
+    """The names of the mesh's axes in a `PartitionSpec`."""
+    entries = [entry for entry in spec if entry is not None]
+    return [axis for e in entries for axis in (e if isinstance(e, tuple) else (e,))]
+
+
+def _check_divides(
+    sharding: NamedSharding, path: str, shape: tuple[int, ...], pattern: str
+) -> None:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError:
+        raise ValueError(
+            f"The rule `{pattern}` shards `{path}` of shape {list(shape)} as {sharding.spec} over "
+            f"the mesh {dict(sharding.mesh.shape)}, whose sizes do not divide it. Shard another "
+            "axis, or put a rule with `PartitionSpec()` for this leaf before it."
+        ) from None
 
 
 def leaf_path(path: Any) -> str:
@@ -155,6 +185,8 @@ class Placement:
     """Where arrays live: parameters by rules, batches split over the data axes."""
 
     def __init__(self, mesh: Mesh, rules: Sequence[Rule] = ()):
+        for rule in rules:
+            _check_rule(rule, "`partition_rules`")
         self.mesh = mesh
         self.rules = tuple(rules)
         self.shards = math.prod(mesh.shape.get(axis, 1) for axis in DATA_AXES)
@@ -176,8 +208,19 @@ class Placement:
             if re.search(pattern, path):
                 found = spec(shape, self.mesh) if callable(spec) else spec
                 if len(found) <= len(shape):
-                    return NamedSharding(self.mesh, found)
+                    sharding = NamedSharding(self.mesh, self._present(found))
+                    _check_divides(sharding, path, shape, pattern)
+                    return sharding
         return self.replicated
+
+    def _present(self, spec: PartitionSpec) -> PartitionSpec:
+        """Without the axes that this mesh lacks: what is sharded over them is whole here."""
+
+        def kept(entry: Any) -> Any:
+            axes = tuple(axis for axis in spec_axes([entry]) if axis in self.mesh.shape)
+            return axes[0] if len(axes) == 1 else axes or None
+
+        return PartitionSpec(*map(kept, spec))
 
     def of_state(self, state: PyTree) -> list[jax.sharding.Sharding]:
         """Shardings of the array leaves of a state, in flattening order."""

@@ -1,0 +1,524 @@
+"""What is wrong is said before any compute: what was got, what was expected, what to write.
+
+Text, vocabularies and positions are in `test_pretrain_cli.py`, arguments of the Trainer in
+`test_arguments_refused.py`, sources of a `DataLoader` in `test_loader.py`.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tasks import Classifier, quiet, rows
+
+from jaxlightning import Callback, DataLoader, DataModule, Mean, TaskModule, Trainer, buffer
+from jaxlightning.callbacks import EarlyStopping, ModelCheckpoint, ReduceLROnPlateau
+
+BATCH = rows(8)
+
+
+class Stepped(Classifier):
+    """Whose training step is a function of the task and the batch."""
+
+    step: object = eqx.field(static=True)
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def training_step(self, batch, *, key):
+        return self.step(self, batch)
+
+
+def refused(error, task, train=None, val=None, trainer=None, **arguments):
+    """The error of a fit, of which nothing has been compiled, let alone computed."""
+    trainer = trainer or quiet(max_epochs=1, **arguments)
+    with pytest.raises(error) as caught:
+        trainer.fit(task, DataLoader(BATCH, 4) if train is None else train, val)
+    assert trainer.global_step == trainer.compile_s == 0
+    assert trainer._run is None or not trainer._run.leaves
+    return caught.value
+
+
+def says(error):
+    return str(error.args[0])
+
+
+def notes(error):
+    return [note for note in error.__notes__ if "JAX has removed its internal frames" not in note]
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        ([], ValueError, "The training data is empty: its loader, a `list`, gave no batch."),
+        (iter(()), ValueError, "The training data is empty: its loader, a `tuple_iterator`, gave"),
+        ([{"x": np.ones((0, 6))}], ValueError, "The first training batch is empty: `x` has no row"),
+        (
+            BATCH,
+            TypeError,
+            "is a dict, which means several loaders by name, but its entry 'x' is a",
+        ),
+        (
+            np.ones(3),
+            TypeError,
+            "The train data is a `ndarray`, which is no loader. Pass a `DataLo",
+        ),
+        ("rows.csv", TypeError, "The train data is a `str`, which is no loader."),
+        (3, TypeError, "The train data is a `int`, which is no loader."),
+        (DataLoader, TypeError, "The train data is a `type`, which is no loader."),
+        (
+            {"a": DataLoader(BATCH, 4), "b": DataLoader(BATCH, 4)},
+            ValueError,
+            "There has to be one training loader. Mix several sources inside one loader.",
+        ),
+        ({}, ValueError, "There is no training data. Pass a `DataLoader`, any iterable"),
+        (DataModule(), NotImplementedError, "`DataModule` has no `train_dataloader`. Write one"),
+    ],
+    ids=str,
+)
+def test_no_data(data, kind, message):
+    assert message in says(refused(kind, Classifier(), data))
+
+
+def test_no_data_at_all():
+    for verb in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ValueError, match=rf"`{verb}` got no data\. .*`trainer\.{verb}\(task, "):
+            getattr(quiet(), verb)(Classifier())
+
+
+def test_data_twice():
+    module, loader = DataModule(), DataLoader(BATCH, 4)
+    with pytest.raises(ValueError, match="`fit` got a `DataModule` and train loaders. Pass one of"):
+        quiet().fit(Classifier(), loader, datamodule=module)
+    with pytest.raises(ValueError, match="`fit` got a `DataModule` and val loaders"):
+        quiet().fit(Classifier(), module, loader)
+    with pytest.raises(ValueError, match="`fit` got two `DataModule`s. Pass one"):
+        quiet().fit(Classifier(), module, datamodule=module)
+    with pytest.raises(
+        TypeError, match="`datamodule` is a `DataLoader`; it has to be a `DataModul"
+    ):
+        quiet().test(Classifier(), datamodule=loader)
+
+
+def test_no_validation_data():
+    error = refused(ValueError, Classifier(), None, [])
+    assert says(error).startswith("The validation data is empty: its loader, a `list`, gave no")
+    two = {"full": DataLoader(BATCH, 4), "empty": []}
+    assert "The validation 'empty' data is empty" in says(
+        refused(ValueError, Classifier(), None, two)
+    )
+
+
+def test_a_batch_without_the_keys_the_task_needs():
+    batch = {"x": BATCH["x"], "labels": BATCH["y"], "mask": BATCH["mask"]}
+    error = refused(KeyError, Classifier(), [batch])
+    assert says(error) == (
+        "`Classifier.training_step` asks its batch for `y`, but the batch has the keys "
+        "['labels', 'mask', 'x']."
+    )
+    near = {"xs": BATCH["x"], "y": BATCH["y"], "mask": BATCH["mask"]}
+    assert says(refused(KeyError, Classifier(), [near])).endswith("Did you mean `xs`?")
+    error = refused(KeyError, Classifier(), [BATCH], [near])
+    assert says(error).startswith("`Classifier.validation_step` asks its batch for `x`")
+    with pytest.raises(KeyError, match=r"`Classifier\.predict_step` asks its batch for `x`"):
+        quiet().predict(Classifier(), [near])
+
+
+def test_a_key_error_of_the_tasks_own_is_left_as_it_is():
+    def looks_up(task, batch):
+        return {"a": 1}["b"]
+
+    error = refused(KeyError, Stepped(looks_up))
+    assert says(error) == "b"
+    assert notes(error) == ["Raised while `Stepped.training_step` was traced, before any compute."]
+
+
+def test_leaves_whose_leading_axes_differ():
+    batch = BATCH | {"y": BATCH["y"][:5]}
+    error = refused(ValueError, Classifier(), [batch])
+    assert says(error) == (
+        "The first training batch has leaves whose leading axes differ (`mask`: 8, `x`: 8, "
+        "`y`: 5). The leading axis is the batch's and has to be equal in all leaves."
+    )
+    error = refused(ValueError, Classifier(), [BATCH], [batch])
+    assert says(error).startswith("The first validation batch has leaves whose leading axes differ")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_first_batch_that_is_not_finite(bad, dtype):
+    x = BATCH["x"].astype(dtype)
+    x[2, 3] = bad
+    error = refused(ValueError, Classifier(), [{"deep": {"x": x}}])
+    assert says(error) == (
+        f"The first training batch is not finite: `deep/x` holds {bad} at [2, 3]. Clean the data "
+        "before training on it."
+    )
+
+
+def test_text_in_a_batch():
+    error = refused(TypeError, Classifier(), [BATCH | {"name": np.array(["a"] * 8)}])
+    assert "has the leaf `name` of dtype <U1, which no device can hold" in says(error)
+
+
+# The task
+
+
+def loss(value):
+    return Stepped(lambda task, batch: value(batch))
+
+
+X = lambda batch: batch["x"].sum(1)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (X, ValueError, "The loss that `Stepped.training_step` returned has shape (4,), but a loss"),
+        (X, ValueError, "is a scalar. For one loss an example, return `Mean.over(losses)`."),
+        (
+            lambda b: {"nll": X(b)},
+            ValueError,
+            'The loss["nll"] that `Stepped.training_step` returned has shape (4,)',
+        ),
+        (lambda b: b["y"].sum(), ValueError, "has dtype int32, which has no gradient. Compute it in"),
+        (lambda b: b["mask"].all(), ValueError, "has dtype bool, which has no gradient."),
+        (
+            lambda b: Mean.over(b["y"]),
+            TypeError,
+            "`Mean.over` got values of dtype int32, which have no gradient, so they cannot be a los",
+        ),
+        (lambda b: None, TypeError, "is a `NoneType`. Return a `Mean`, a dict of Means, or a scala"),
+        (lambda b: "low", TypeError, "is a `str`. Return a `Mean`, a dict of Means, or a scalar"),
+        (lambda b: {}, ValueError, "`Stepped.training_step` returned an empty dict as its loss."),
+        (lambda b: (1.0,), ValueError, "returned a tuple of 1. Return `loss`, `(loss, metrics)` or"),
+        (lambda b: (1.0, X(b).sum()), TypeError, "Return a dict from names to metrics, such as `{"),
+        (lambda b: (1.0, {"m": X(b)}), ValueError, 'The metric "m" of `Stepped.training_step` is an'),
+        (lambda b: (1.0, {"loss": 1.0}), ValueError, 'a metric named "loss", which is the name of'),
+        (lambda b: (1.0, {}, 3), TypeError, "The third thing `Stepped.training_step` returned is a"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_none(value, kind, message):
+    error = refused(kind, loss(value))
+    assert message in says(error)
+    assert notes(error) == ["Raised while `Stepped.training_step` was traced, before any compute."]
+
+
+def test_the_loss_of_a_validation_step():
+    class Validated(Classifier):
+        def validation_step(self, batch, *, key):
+            return X(batch)
+
+    error = refused(ValueError, Validated(), None, DataLoader(BATCH, 4))
+    assert "The loss that `Validated.validation_step` returned has shape (4,)" in says(error)
+
+
+def test_a_step_written_for_another_framework():
+    class Torchlike(Classifier):
+        def training_step(self, batch, batch_idx):
+            return 0.0
+
+    assert says(refused(TypeError, Torchlike())) == (
+        "`Torchlike.training_step` takes (batch, batch_idx), but is called with (batch, key=key). "
+        "Write `def training_step(self, batch, *, key): ...`; use `key` for dropout, or ignore it."
+    )
+
+
+class Bare(TaskModule):
+    weight: jax.Array
+    count: jax.Array = buffer()
+
+
+def test_methods_that_are_missing():
+    bare = Bare(jnp.ones(3), jnp.int32(0))
+    error = refused(NotImplementedError, bare)
+    assert says(error).startswith("`Bare` has no `configure_optimizers`. Write `def configure_opt")
+
+    class Optimized(Bare):
+        def configure_optimizers(self):
+            return optax.sgd(0.1)
+
+    error = refused(NotImplementedError, Optimized(jnp.ones(3), jnp.int32(0)))
+    assert says(error).startswith("`Optimized` has no `training_step`. Write `def training_step(")
+    with pytest.raises(NotImplementedError, match="`Bare` has no `predict_step`"):
+        quiet().predict(bare, [BATCH])
+
+
+def test_nothing_to_train():
+    class Frozen(Classifier):
+        def trainable(self):
+            return False
+
+    assert says(refused(ValueError, Frozen())).startswith("`Frozen` has no trainable leaves: every")
+
+    class Wrong(Classifier):
+        def trainable(self):
+            return {"net": True}
+
+    assert "has to return a pytree of bools with the task's structure" in says(
+        refused(ValueError, Wrong())
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizers", "kind", "message"),
+    [
+        (None, TypeError, "returned a `NoneType`. Return an optax transformation such as"),
+        ({"nett": optax.sgd(0.1)}, ValueError, "those are ['net']. Did you mean `net`?"),
+        ({}, ValueError, "has no optimizer for the field `net`. Add one, or freeze the field in"),
+    ],
+)
+def test_optimizers(optimizers, kind, message):
+    class Optimized(Classifier):
+        def configure_optimizers(self):
+            return optimizers
+
+    assert message in says(refused(kind, Optimized()))
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "message"),
+    [
+        (
+            Classifier,
+            TypeError,
+            "The task is the class `Classifier`. Pass an instance of a `TaskMod",
+        ),
+        (None, TypeError, "The task is `None`. Pass an instance of a `TaskModule`, or a function"),
+        (Classifier().net, TypeError, "The task is a `MLP`, which is a model, but says nothing of"),
+        (lambda key: 3, TypeError, "The function that was passed as the task returned a `int`."),
+    ],
+    ids=["class", "none", "model", "function"],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_no_task(task, kind, message):
+    assert message in says(refused(kind, task))
+    if not callable(task) or isinstance(task, type):
+        with pytest.raises(TypeError, match="as its task. Pass a `TaskModule`"):
+            quiet().test(task or 3, [BATCH])
+
+
+def test_an_exception_in_the_initialiser():
+    def broken(key):
+        raise ZeroDivisionError("by design")
+
+    error = refused(ZeroDivisionError, broken)
+    assert notes(error) == ["Raised by the function that was passed as the task."]
+
+
+def test_one_array_in_two_places():
+    class Tied(Classifier):
+        other: jax.Array
+
+        def __init__(self):
+            super().__init__()
+            self.other = self.net.layers[0].weight
+
+    assert says(refused(ValueError, Tied())) == (
+        "`net/layers/0/weight` and `other` of `Tied` are the same array, but would be trained "
+        "apart. Tie them with `eqx.nn.Shared`, or copy one with `jnp.copy`."
+    )
+
+
+# Monitors
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        EarlyStopping("val/los"),
+        ModelCheckpoint(monitor="val/los"),
+        ReduceLROnPlateau("val/los"),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_a_monitor_that_no_step_produces(callback):
+    checkpoints = None if isinstance(callback, ModelCheckpoint) else False
+    error = refused(
+        ValueError, Classifier(), val=DataLoader(BATCH, 4), callbacks=callback,
+        enable_checkpointing=checkpoints,
+    )  # fmt: skip
+    assert says(error) == (
+        "`monitor='val/los'` is a metric that no step of this run produces; there are "
+        "`train/accuracy`, `train/accuracy_epoch`, `train/loss`, `train/loss_epoch`, "
+        "`val/accuracy`, `val/loss`. Did you mean `val/loss` or `train/loss`? A callback that logs "
+        "it itself says so in `provides()`."
+    )
+
+
+def test_a_monitor_of_lightnings_spelling_and_one_of_several_loaders():
+    loader = DataLoader(BATCH, 4)
+    error = refused(ValueError, Classifier(), None, loader, callbacks=EarlyStopping("val_loss"))
+    assert "Did you mean `val/loss`" in says(error)
+    loaders = {"a": loader, "b": loader}
+    error = refused(ValueError, Classifier(), None, loaders, callbacks=EarlyStopping("val/loss"))
+    assert "Did you mean `val/b/loss` or `val/a/loss`" in says(error)
+
+
+def test_a_monitor_of_a_validation_that_there_is_none_of():
+    error = refused(ValueError, Classifier(), callbacks=EarlyStopping("val/loss"))
+    assert "`train/loss`" in says(error)
+    assert "`val/" not in says(error).split("there are")[1]
+
+
+def test_a_monitor_that_a_callback_provides_is_fine():
+    class Provides(Callback):
+        def provides(self):
+            return ["val/perplexity"]
+
+        def on_validation_epoch_end(self, trainer):
+            trainer.log("val/perplexity", np.exp(trainer.callback_metrics["val/loss"]))
+
+    callbacks = [Provides(), EarlyStopping("val/perplexity", patience=0, min_delta=1e9)]
+    trainer = quiet(max_epochs=5, callbacks=callbacks)
+    trainer.fit(Classifier(), DataLoader(BATCH, 4), DataLoader(BATCH, 4))
+    assert trainer.current_epoch == 2
+
+
+# Files
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_an_output_folder_that_cannot_be_written(tmp_path, checkpoints):
+    (tmp_path / "file").write_text("in the way")
+    root = tmp_path / "file" / "runs"
+    trainer = Trainer(
+        max_epochs=1,
+        devices=1,
+        default_root_dir=root,
+        logger=None if not checkpoints else False,
+        enable_checkpointing=checkpoints,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    error = refused(OSError, Classifier(), trainer=trainer)
+    assert str(tmp_path / "file") in str(error)
+    assert "`default_root_dir`" in str(error) or "`dirpath" in str(error)
+
+
+# Callbacks
+
+
+class Fails(Callback):
+    """Raises in one hook."""
+
+    def __init__(self, hook, at=0):
+        def fail(trainer, *args):
+            if trainer.global_step == at:
+                raise LookupError("in the callback")
+
+        self.fail = fail
+        # Looked up on the type, as all hooks are.
+        self.__class__ = type("Fails", (Callback,), {hook: lambda self, *args: fail(*args)})
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "epoch"),
+    [
+        ("setup", 0, 0),
+        ("on_fit_start", 0, 0),
+        ("on_train_batch_start", 1, 0),
+        ("on_train_batch_end", 3, 1),
+        ("on_validation_batch_end", 2, 0),
+        ("on_train_epoch_end", 4, 1),
+        ("on_log", 3, 1),
+        ("on_checkpoint", 2, 0),
+        ("on_fit_end", 4, 2),
+    ],
+)
+def test_an_exception_in_a_callback_names_it_its_hook_and_the_step(hook, step, epoch):
+    loader = DataLoader(BATCH, 4)
+    trainer = quiet(max_epochs=2, callbacks=[Callback(), Fails(hook, step)], log_every_n_steps=1)
+    with pytest.raises(LookupError, match="in the callback") as caught:
+        trainer.fit(Classifier(), loader, loader)
+    assert notes(caught.value) == [
+        f"Raised by the callback `Fails` in its hook `{hook}` at global step {step} "
+        f"(epoch {epoch})."
+    ]
+
+
+@pytest.mark.parametrize("hook", ["monitors", "provides", "inside_step", "wrap_optimizer"])
+def test_an_exception_in_what_a_callback_declares_or_traces(hook):
+    def fail(self, *args):
+        raise LookupError("in the callback")
+
+    callback = type("Declares", (Callback,), {hook: fail})()
+    error = refused(LookupError, Classifier(), callbacks=callback)
+    assert f"Raised by the callback `Declares` in `{hook}`." in notes(error)
+
+
+def test_an_exception_in_needs_state():
+    class Asked(Callback):
+        def needs_state(self, step):
+            return {1: False}[step]
+
+    with pytest.raises(KeyError) as caught:
+        quiet(max_epochs=2, callbacks=Asked()).fit(Classifier(), DataLoader(BATCH, 4))
+    assert notes(caught.value) == ["Raised by the callback `Asked` in `needs_state(2)`."]
+
+
+def test_what_fails_while_a_failure_is_handled_is_noted_and_hides_nothing():
+    ended = []
+
+    class Careless(Callback):
+        def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
+            raise LookupError("the first")
+
+        def on_exception(self, trainer, exception):
+            raise OSError("while told")
+
+        def teardown(self, trainer, stage):
+            raise RuntimeError("while torn down")
+
+    class Data(DataModule):
+        def train_dataloader(self):
+            return DataLoader(BATCH, 4)
+
+        def teardown(self, stage):
+            ended.append(stage)
+
+    with pytest.raises(LookupError, match="the first") as caught:
+        quiet(max_epochs=1, callbacks=Careless()).fit(Classifier(), Data())
+    assert notes(caught.value)[1:] == [
+        "While this was handled, OSError: while told",
+        "While this was handled, RuntimeError: while torn down",
+    ]
+    assert ended == ["fit"]
+
+
+def test_a_failing_teardown_is_an_error_of_its_own():
+    class Careless(Callback):
+        def teardown(self, trainer, stage):
+            raise RuntimeError("while torn down")
+
+    with pytest.raises(RuntimeError, match="while torn down") as caught:
+        quiet(max_epochs=1, callbacks=Careless()).fit(Classifier(), DataLoader(BATCH, 4))
+    assert "in its hook `teardown` at global step 2" in notes(caught.value)[0]
+
+
+def test_a_hook_with_lightnings_signature():
+    class Torchlike(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx): ...
+
+    with pytest.raises(TypeError) as caught:
+        quiet(callbacks=Torchlike())
+    assert says(caught.value) == (
+        "The hook `on_train_batch_end` of `Torchlike` takes (trainer, pl_module, outputs, batch, "
+        "batch_idx), but is called with (trainer, outputs, batch, batch_idx). Write "
+        "`def on_train_batch_end(self, trainer, outputs, batch, batch_idx): ...`."
+    ).replace("`Torchlike`", f"`{Torchlike.__qualname__}`")
+
+
+def test_a_hook_that_is_misspelt():
+    class Misspelt(Callback):
+        def on_train_batch_ends(self, trainer, outputs, batch, batch_idx): ...
+
+    with pytest.warns(
+        UserWarning, match=r"on_train_batch_ends` looks like .* `on_train_batch_end`"
+    ):
+        quiet(callbacks=Misspelt())
