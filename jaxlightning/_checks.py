@@ -19,17 +19,16 @@ def traced(task: TaskModule, method: str, batch: PyTree) -> Iterator[None]:
     name = f"`{type(task).__name__}.{method}`"
     try:
         yield
-    except KeyError as error:
-        if not (isinstance(batch, dict) and error.args and error.args[0] not in batch):
+    except Exception as error:
+        absent = isinstance(error, KeyError) and isinstance(batch, dict) and error.args
+        if not absent or error.args[0] in batch:
+            error.add_note(f"Raised while {name} was traced, before any compute.")
             raise
         wanted, keys = error.args[0], sorted(map(str, batch))
         raise KeyError(
-            f"{name} asks its batch for `{wanted}`, but the batch has the keys {keys}."
+            f"{name} looked up `{wanted}`, which its batch does not have: its keys are {keys}."
             f"{nearest(str(wanted), keys)}"
         ) from error
-    except Exception as error:
-        error.add_note(f"Raised while {name} was traced, before any compute.")
-        raise
 
 
 def _check_signature(task: TaskModule, method: str) -> None:

@@ -40,8 +40,13 @@ def per_field(
 
 
 def _with_field(tree: Any, name: str, value: Any) -> Any:
-    path, structure = jax.tree.flatten(tree, is_leaf=lambda x: x is getattr(tree, name))
-    return jax.tree.unflatten(structure, [value if x is getattr(tree, name) else x for x in path])
+    # By name, not by identity: gradients of two fields may be one and the same array.
+    children, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is not tree
+    )
+    return jax.tree.unflatten(
+        structure, [value if path[0].name == name else child for path, child in children]
+    )
 
 
 def _check_fields(params: PyTree, names: set[str]) -> None:

@@ -372,7 +372,7 @@ class Trainer(Facts):
     def _leave(self, entry: str, status: str, failure: BaseException | None) -> None:
         """Closes and tears down everything, whatever of it fails. `failure` is under way: what
         else is raised is noted there, and hides nothing."""
-        endings = [
+        endings: list[Callable[[], Any]] = [
             self._saver.close,
             *(partial(logger.finalize, status) for logger in self.loggers),
             partial(self._bus.teardown, self, entry),
@@ -384,10 +384,10 @@ class Trainer(Facts):
                 end()
             except Exception as error:
                 found.append(error)
-        for error in found:
+        for second in found:
             if failure is None:
-                raise error
-            _note(failure, error)
+                raise second
+            _note(failure, second)
 
     def _on_exception(self, error: BaseException) -> None:
         """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""

@@ -13,10 +13,12 @@ from tasks import arrays, assert_same, quiet
 from tiny_albert import DROPPING, GROUPS, TINY, labels, numpy_albert, numpy_head, rows
 
 from albert_task import (
+    Albert,
     AlbertConfig,
     AlbertForMaskedLM,
     Recipe,
     SpecialIds,
+    _tasks,
     check_tokens,
     check_vocabulary,
     mask_tokens,
@@ -26,6 +28,7 @@ from albert_task import (
 from albert_task._layers import named_key
 from albert_task._tasks import Rows
 from jaxlightning import Callback, DataLoader
+from jaxlightning._precision import cast_task
 
 KEY = jax.random.key(7)
 ONE = dataclasses.replace(TINY, num_hidden_layers=1)
@@ -211,35 +214,31 @@ def test_every_validation_asks_the_same(training):
     assert one == {name: found[name] for name in ("val/loss", "val/accuracy")}
 
 
-def test_bf16_mixed_has_float32_weights_logits_and_loss(monkeypatch):
+def test_bf16_mixed_has_float32_logits_and_loss(task, monkeypatch):
     seen = {}
-    task = tiny_albert.task(LEARNABLE)
-
-    def spy(logits, goals):
-        seen["logits"] = logits.dtype
-        return original(logits, goals)
-
-    from albert_task import _tasks
-
-    original = _tasks.cross_entropy
-    monkeypatch.setattr(_tasks, "cross_entropy", spy)
-    albert = type(task.albert)
-    call = albert.__call__
+    call, entropy = Albert.__call__, _tasks.cross_entropy
 
     def hidden_of(self, *args, **kwargs):
         hidden = call(self, *args, **kwargs)
         seen["hidden"] = hidden.dtype
         return hidden
 
-    monkeypatch.setattr(albert, "__call__", hidden_of)
-    steps = Steps()
-    trainer = quiet(max_steps=2, precision="bf16-mixed", callbacks=steps)
-    trained = trainer.fit(task, DataLoader(repetitions(64), 32))
+    def entropy_of(logits, goals):
+        seen["logits"] = logits.dtype
+        return entropy(logits, goals)
+
+    precision = quiet(precision="bf16-mixed").precision
+    low = cast_task(task, precision.compute)
+    assert {array.dtype for array in arrays(low)} == {np.dtype(jnp.bfloat16)}
+    batch = {"tokens": jnp.asarray(rows())}
+    exact, _ = step(task, batch)
+    monkeypatch.setattr(Albert, "__call__", hidden_of)
+    monkeypatch.setattr(_tasks, "cross_entropy", entropy_of)
+    loss, _ = step(low, batch)
     assert seen == {"logits": jnp.float32, "hidden": jnp.bfloat16}
-    assert [loss.dtype for loss in steps.losses] == [np.float32] * 2
-    assert {array.dtype for array in arrays(trained)} == {np.dtype(np.float32)}
-    rounded = np.asarray(steps.losses).astype(jnp.bfloat16).astype(np.float32)
-    assert not np.array_equal(steps.losses, rounded)
+    assert loss.dtype == jnp.float32
+    assert loss != loss.astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_allclose(loss, exact, rtol=0.02)
 
 
 # Its optimizer
@@ -349,7 +348,7 @@ def fit(batch):
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        ({"text": rows(2)}, KeyError, r"asks its batch for `tokens`.* has the keys \['text'\]"),
+        ({"text": rows(2)}, KeyError, r"looked up `tokens`.* keys are \['text'\]"),
         ({"token": rows(2)}, ValueError, "reads no `token` in a batch. Did you mean `tokens`"),
         (
             {"input_ids": rows(2), "attention_masks": rows(2)},

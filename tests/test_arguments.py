@@ -136,7 +136,7 @@ def test_a_time_limit_alone_means_no_limit_on_epochs(monkeypatch):
         def on_train_epoch_end(self, trainer):
             now[0] += 1.0
 
-    one = DataLoader(counted(1), 1)
+    one = [jax.device_put(counted(1), jax.devices()[0])]
     with_limit = quiet(max_time={"seconds": 1200}, callbacks=Clock())
     with_limit.fit(line(), one)
     assert with_limit.stop_reason is not None
