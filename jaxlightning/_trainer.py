@@ -18,6 +18,7 @@ from jaxtyping import PRNGKeyArray
 from . import _setup as setting_up
 from ._arguments import Arguments, refuse_unknown
 from ._callback import Bus, Callback
+from ._endings import note, run_all
 from ._evaluate import Evaluator
 from ._facts import Facts
 from ._init import TaskSource
@@ -367,27 +368,13 @@ class Trainer(Facts):
                     raise
         finally:
             self._stage_entry = self.stage = None
-            self._leave(entry, status, failure)
-
-    def _leave(self, entry: str, status: str, failure: BaseException | None) -> None:
-        """Closes and tears down everything, whatever of it fails. `failure` is under way: what
-        else is raised is noted there, and hides nothing."""
-        endings: list[Callable[[], Any]] = [
-            self._saver.close,
-            *(partial(logger.finalize, status) for logger in self.loggers),
-            partial(self._bus.teardown, self, entry),
-            partial(self._sources.module.teardown, entry),
-        ]
-        found: list[Exception] = []
-        for end in endings:
-            try:
-                end()
-            except Exception as error:
-                found.append(error)
-        for second in found:
-            if failure is None:
-                raise second
-            _note(failure, second)
+            endings: list[Callable[[], Any]] = [
+                self._saver.close,
+                *(partial(logger.finalize, status) for logger in self.loggers),
+                partial(self._bus.teardown, self, entry),
+                partial(sources.module.teardown, entry),
+            ]
+            run_all(endings, failure)
 
     def _on_exception(self, error: BaseException) -> None:
         """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""
@@ -398,7 +385,7 @@ class Trainer(Facts):
                 self._saver.save(self)
             self._sources.module.on_exception(error)
         except Exception as second:
-            _note(error, second)
+            note(error, second)
 
     def _begin_fit(self) -> None:
         self.should_stop, self.stop_reason = False, None
@@ -507,7 +494,3 @@ class Trainer(Facts):
 
     def delete_checkpoint(self, path: str | os.PathLike[str]) -> None:
         self._saver.delete(path)
-
-
-def _note(error: BaseException, second: Exception) -> None:
-    error.add_note(f"While this was handled, {type(second).__name__}: {second}")

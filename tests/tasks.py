@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from jaxlightning import Accuracy, Mean, TaskModule, Trainer
+from jaxlightning import Accuracy, DataLoader, Mean, TaskModule, Trainer
 
 FEATURES, CLASSES = 6, 3
 
@@ -110,3 +111,21 @@ def assert_close(a, b, tolerance=2e-6):
 def assert_same(a, b):
     for x, y in zip(arrays(a), arrays(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def refused(error, task, train=None, val=None, trainer=None, **arguments):
+    """The error of a fit, of which nothing has been compiled, let alone computed."""
+    trainer = trainer or quiet(max_epochs=1, **arguments)
+    with pytest.raises(error) as caught:
+        trainer.fit(task, DataLoader(rows(8), 4) if train is None else train, val)
+    assert trainer.global_step == trainer.compile_s == 0
+    assert trainer._run is None or not trainer._run.leaves
+    return caught.value
+
+
+def says(error):
+    return str(error.args[0])
+
+
+def notes(error):
+    return [note for note in error.__notes__ if "JAX has removed its internal frames" not in note]

@@ -87,8 +87,9 @@ def test_rows_longer_than_the_positions():
     )
     with pytest.raises(ValueError, match=message):
         albert()(jnp.zeros((1, 21), jnp.int32))
-    places = jnp.arange(21)[None] % 20
-    assert albert()(jnp.zeros((1, 21), jnp.int32), positions=places).shape == (1, 21, 32)
+    tokens = jnp.arange(21, dtype=jnp.int32)[None]
+    packed = eqx.filter_eval_shape(albert(), tokens, positions=tokens % 20)
+    assert packed.shape == (1, 21, 32)
 
 
 @pytest.mark.parametrize("wrong", [-1, -100, 40, 1000])
@@ -162,8 +163,7 @@ def test_which_probability_is_whose():
 
 
 def test_layers_of_shared_weights_do_not_share_their_dropout():
-    """With one key for all uses of a layer, dropping in the embeddings apart, two uses that get
-    the same input would drop the same; here a layer that only drops tells its uses apart."""
+    """The two keys that a shared layer is called with, and what it drops with each."""
     model = eqx.tree_at(lambda m: m.groups[0][0].dropout.p, albert(TINY), 0.5)
     key = jax.random.key(3)
     layer = model.groups[0][0]
