@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -79,11 +79,32 @@ class Recipe(NamedTuple):
             )
 
 
+def _muon(recipe: Recipe) -> optax.GradientTransformation:
+    """Muon (Jordan 2024) for the layers' matrices, Adam for embeddings and vectors.
+
+    An update has a root mean square of 0.2, about Adam's, so that one learning rate serves both
+    (Liu et al. 2025, "Muon is scalable for LLM training").
+    """
+    from optax.contrib import MuonDimensionNumbers, muon
+
+    def places(params: PyTree) -> PyTree:
+        def of(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+            embeds = "embeddings" in jax.tree_util.keystr(path)
+            return MuonDimensionNumbers() if leaf.ndim == 2 and not embeds else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    moments = {"adam_b1": recipe.b1, "adam_b2": recipe.b2}
+    steps = muon(1.0, muon_weight_dimension_numbers=places, consistent_rms=0.2, **moments)
+    return optax.chain(steps, optax.scale(-1.0))
+
+
 _DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
     "adamw": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
     "lamb": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
     "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "lion": lambda r: optax.scale_by_lion(b1=r.b1, b2=r.b2),
     "sgd": lambda r: optax.trace(r.b1),
+    "muon": _muon,
 }
 OPTIMIZERS = tuple(_DIRECTIONS)

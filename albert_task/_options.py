@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ._config import _PRESETS, AlbertConfig
+from ._optimizers import OPTIMIZERS
 
-OPTIMIZERS = ("adamw", "lamb", "adafactor", "lion", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "polynomial", "exponential", "inverse_sqrt")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 

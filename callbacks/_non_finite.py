@@ -81,7 +81,7 @@ class SkipNonFinite(Callback):
             f"In {length} steps in a row the loss or a gradient was NaN or infinite: global "
             f"{steps}. Their updates were refused, so the task is as it was before them. Lower "
             "the learning rate, clip with `gradient_clip_val=1.0`, or find the operation with "
-            "`Trainer(detect_anomaly=True)`; to bear more, raise "
+            "`Trainer(detect_anomaly=True)` and without this callback; to bear more, raise "
             f"`SkipNonFinite(max_in_a_row={self.max_in_a_row})`."
         )
 

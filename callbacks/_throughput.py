@@ -77,7 +77,6 @@ class ThroughputMonitor(Callback):
     def on_fit_start(self, trainer: Trainer) -> None:
         self._peak = peak_of(trainer, self._peak_flops)
         self._accumulates = trainer.accumulate_grad_batches > 1
-        self._structure: Any = jax.tree.structure(trainer.train_batch_spec)
         usual = self._examples(trainer.train_batch_spec) * trainer.accumulate_grad_batches
         # A smaller last batch costs its share.
         self._flops_per_example = analyse_flops(trainer.train_step_jaxpr()).model / usual
@@ -88,9 +87,8 @@ class ThroughputMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
     ) -> None:
-        several = self._accumulates and jax.tree.structure(batch) != self._structure
         self._steps += 1
-        for one in batch if several else [batch]:
+        for one in batch if self._accumulates else [batch]:
             self._seen += self._examples(one)
             if self._tokens is not None:
                 self._read += self._tokens(one)

@@ -77,7 +77,10 @@ class Callback:
     def on_train_epoch_end(self, trainer: Trainer) -> None: ...
 
     def on_train_batch_start(self, trainer: Trainer, batch: PyTree, batch_idx: int) -> None:
-        """Before a step is dispatched. `batch` is on the device; with accumulation, a list."""
+        """Before a step is dispatched; in a block of `steps_per_dispatch`, after all of it was.
+
+        `batch` is on the device; with accumulation, a list, also of one.
+        """
 
     def on_train_batch_end(
         self, trainer: Trainer, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
@@ -187,7 +190,7 @@ class Callback:
         return tx
 
     def inside_step(self, view: InsideStep) -> dict[str, Any]:
-        """Metrics (or arrays, which are averaged) computed inside the compiled step."""
+        """Metrics (or scalars, which are averaged) computed inside the compiled step."""
         return {}
 
     def accept_step(self, view: InsideStep) -> Bool[Array, ""]:

@@ -44,7 +44,7 @@ class EvalProgram:
         compiler_options: dict[str, Any] | None,
     ):
         self._step = step
-        self._feed = feed
+        self.feed = feed
         self._batch_structure = feed.structure
         self._placement = placement
         dynamic, self._static = eqx.partition(task, eqx.is_array)
@@ -68,10 +68,13 @@ class EvalProgram:
             compiler_options=compiler_options,
         )
 
-    def fits(self, task: TaskModule) -> bool:
-        """Whether this program can evaluate `task`: everything static is the same."""
+    def fits(self, task: TaskModule, feed: Feed) -> bool:
+        """Whether this program can evaluate `task` on such batches: all that is static is the
+        same."""
         dynamic, static = eqx.partition(task, eqx.is_array)
         same = bool(jax.tree.structure(dynamic) == self._task_structure)
+        same &= feed.structure == self._batch_structure
+        same &= jax.tree.leaves(feed.spec) == jax.tree.leaves(self.feed.spec)
         return same and bool(eqx.tree_equal(static, self._static))
 
     def _traced(self, kept: list[jax.Array], varying: PyTree) -> Any:
@@ -100,12 +103,12 @@ class EvalProgram:
         """
         task_leaves = jax.tree.leaves(eqx.filter(task, eqx.is_array))
         kept = self._fresh()
-        for shape in self._feed.shapes:
+        for shape in self.feed.shapes:
             leaves = jax.tree.leaves(self._abstract(shape))
             self.program.compile(kept, (task_leaves, key, leaves))
         pieces: list[Sums] = []
         ahead: deque[jax.Array] = deque()
-        for number, batch in enumerate(self._feed.epoch(0)):
+        for number, batch in enumerate(self.feed.epoch(0)):
             if limit is not None and number >= limit:
                 break
             before(batch, number)
@@ -171,10 +174,11 @@ class Evaluator:
 
     def program(self, stage: str, loader: str, task: TaskModule, feed: Feed) -> EvalProgram:
         found = self._programs.get((stage, loader))
-        if found is None or found._feed is not feed or not found.fits(task):
+        if found is None or not found.fits(task, feed):
             step = EvalStep(stage, self._precision)
             found = EvalProgram(step, task, feed, *self._arguments)
             self._programs[stage, loader] = found
+        found.feed = feed
         return found
 
     @property

@@ -268,6 +268,10 @@ class FitRun:
         return StepOutputs(leaves, self._outputs_structure, index)
 
     @property
+    def accumulates(self) -> bool:
+        return isinstance(self._dispatch, Accumulated)
+
+    @property
     def takes_blocks(self) -> bool:
         return isinstance(self._dispatch, Block)
 

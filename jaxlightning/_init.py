@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -153,11 +152,3 @@ def empty_metrics(like: dict[str, Metric]) -> dict[str, Metric]:
         name: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metric).empty()
         for name, metric in like.items()
     }
-
-
-def takes_key(method: Callable[..., Any]) -> bool:
-    """Whether a step method takes the keyword `key`."""
-    parameters = inspect.signature(method).parameters
-    return "key" in parameters or any(
-        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
-    )

@@ -55,7 +55,7 @@ def train_epoch(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         if run.takes_blocks:
             run_block(trainer, run, window, last)
         else:
-            batch = window[0].batch if len(window) == 1 else [b.batch for b in window]
+            batch = [b.batch for b in window] if run.accumulates else window[0].batch
             index = at.batches + len(window) - 1
             trainer.batch_idx = index
             bus.on_train_batch_start(trainer, batch, index)

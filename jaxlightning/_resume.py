@@ -46,12 +46,21 @@ class Saver:
         requests, self._requests = self._requests, []
         for path, weights_only in requests:
             state = trainer.state
-            tree: PyTree = {"task": state.task} if weights_only else state
+            tree: PyTree = state
+            if weights_only:  # what is evaluated: without the optimizer's state, averages are lost
+                tree = {"task": trainer._bus.evaluation_task(trainer, state.task)}
             metadata = checkpoint_metadata(trainer, weights_only)
             self._store(path.parent).save(trainer.global_step, tree, metadata, name=path.name)
         deletions, self._deletions = self._deletions, []
         for path in deletions:
             self._store(path.parent).delete(path)
+
+    def save_now(self, trainer: Trainer) -> None:
+        """As `save`, and waits until all is on the disk."""
+        try:
+            self.save(trainer)
+        finally:
+            self.close()
 
     def _store(self, root: Path) -> CheckpointStore:
         if root not in self._stores:
@@ -72,7 +81,8 @@ class Saver:
             self._store(path.parent).delete(path)
 
     def close(self) -> None:
-        """Waits, and lets go of the folders."""
+        """Waits, and lets go of the folders, and of what was asked for too late."""
+        self._requests, self._deletions = [], []
         stores, self._stores = self._stores, {}
         errors = []
         for store in stores.values():

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 
+def refuse_nested(trainer: Trainer, entry: str) -> None:
+    """**Raises:** `RuntimeError` where an entry point is called inside another."""
+    if trainer._stage_entry is not None:
+        raise RuntimeError(
+            f"`{entry}` was called during `{trainer._stage_entry}` of the same Trainer, whose "
+            "place in its run would be lost. Give it a `Trainer` of its own."
+        )
+
+
 # Callbacks and loggers
 
 

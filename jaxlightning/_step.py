@@ -169,6 +169,8 @@ class TrainStep(NamedTuple):
             return loss if scale is None else loss * scale, outputs._replace(task=dynamic)
 
         grads, outputs = jax.grad(objective, has_aux=True)(params)
+        # JAX's gradient of a complex array is the conjugate of the direction of steepest ascent.
+        grads = jax.tree.map(lambda g: g.conj() if jnp.iscomplexobj(g) else g, grads)
         if outputs.task is not None:
             outputs = outputs._replace(task=eqx.combine(outputs.task, task))
         return grads, outputs

@@ -6,6 +6,7 @@ out of the state; they are read when the *next* interval ends, so nobody waits f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._metrics import Metric
+from ._classification import Perplexity
+from ._metrics import Mean, Metric, TotalLoss
 
 Sums = dict[str, Metric]
 Numbers = dict[str, Any]
@@ -46,13 +48,24 @@ def merged(pieces: Sequence[Sums]) -> Sums:
 
 
 def computed(sums: Sums, prefix: str, suffix: str = "") -> Numbers:
-    """What the metrics come to, under the names they are logged by."""
+    """What the metrics come to, under the names they are logged by.
 
-    def number(value: Any) -> Any:
-        array = np.asarray(value)
-        return float(array) if array.ndim == 0 else array
+    A loss over nothing, such as an interval of refused steps, is NaN here: whoever monitors it
+    would take the 0 of `Mean.compute` for the best there ever was.
+    """
 
-    return {f"{prefix}{name}{suffix}": number(sums[name].compute()) for name in sums}
+    def number(metric: Metric) -> Any:
+        array = np.asarray(metric.compute())
+        if array.ndim:
+            return array
+        return math.nan if _is_void(metric) else float(array)
+
+    return {f"{prefix}{name}{suffix}": number(sums[name]) for name in sums}
+
+
+def _is_void(metric: Metric) -> bool:
+    means = metric.terms.values() if isinstance(metric, TotalLoss) else [metric]
+    return all(isinstance(mean, Mean | Perplexity) and mean.weight == 0 for mean in means)
 
 
 class MetricStream:

@@ -196,6 +196,7 @@ class Trainer(Facts):
             raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
         if resume is not None and ckpt_path is not None:
             raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
+        setting_up.refuse_nested(self, "fit")
         checkpoint = ckpt_path if resume is None else resume
         passed = {"train": train_dataloaders, "val": val_dataloaders}
         sources = Sources("fit", passed, datamodule)
@@ -231,6 +232,7 @@ class Trainer(Facts):
                 self._save_requested()
                 self._bus.on_train_end(self)
             self._bus.on_fit_end(self)
+            self._save_requested()
         trained: Any = self._bus.evaluation_task(self, self._run.state.task)
         return trained
 
@@ -296,6 +298,7 @@ class Trainer(Facts):
         self, entry: str, kind: str, task: Any, loaders: Any, module: Any, path: Any
     ) -> Iterator[tuple[TaskModule, PRNGKeyArray]]:
         """Around an evaluation: the task on the devices, the data opened."""
+        setting_up.refuse_nested(self, entry)
         sources = Sources(entry, {kind: loaders}, module)
         fitted = task is None
         if task is None:
@@ -390,6 +393,7 @@ class Trainer(Facts):
     def _begin_fit(self) -> None:
         self.should_stop, self.stop_reason = False, None
         self._run = None  # type: ignore[assignment]
+        self._callback_states = None
         self.callback_metrics, self.logged_metrics = {}, {}
 
     def _log_hyperparameters(self, task: TaskModule) -> None:
@@ -477,16 +481,16 @@ class Trainer(Facts):
         self._record({name: float(value) for name, value in metrics.items()})
 
     def save_checkpoint(self, path: str | os.PathLike[str], weights_only: bool = False) -> None:
-        """Saves to the folder `path`. Asynchronous: it blocks for the copy to the host only.
+        """Saves to the folder `path`.
 
-        During a fit, the checkpoint is taken at the next settled point: after the current step
-        and all that it causes, so that what it holds is consistent.
+        During a fit it is taken after the current step and all that it causes, and blocks for the
+        copy to the host only. At other times it is on the disk on return.
         """
         if self._run is None:
             raise RuntimeError("There is nothing to save before `fit`.")
         self._saver.request(path, weights_only)
-        if self._stage_entry is None:
-            self._saver.save(self)
+        if self._stage_entry != "fit":
+            self._saver.save_now(self)
 
     def wait_for_checkpoints(self) -> None:
         """Returns when all checkpoints are on the disk."""

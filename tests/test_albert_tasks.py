@@ -268,7 +268,29 @@ def test_decay_and_trust_ratios_are_for_matrices_only(task, name):
         np.testing.assert_allclose(u, -0.1 * expected, rtol=1e-4, atol=1e-6, err_msg=place)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "lion", "sgd"])
+def test_muon_is_for_the_layers_matrices_and_adam_for_the_rest(task):
+    """One step: matrices turn towards the nearest orthogonal one (by SVD), the rest as in Adam."""
+    tx = Recipe("muon", learning_rate=0.1, weight_decay=0.0, b1=0.9, b2=0.99).build()
+    params = eqx.filter(task, eqx.is_inexact_array)
+    grads = eqx.filter(tiny_albert.scrambled(task, 5), eqx.is_inexact_array)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    found = jax.tree_util.tree_flatten_with_path(updates)[0]
+    for (path, u), g in zip(found, jax.tree.leaves(grads), strict=True):
+        place = jax.tree_util.keystr(path)
+        g = np.asarray(g, np.float64)
+        if g.ndim == 2 and "embeddings" not in place:
+            left, _, right = np.linalg.svd(g, full_matrices=False)
+            nearest = left @ right
+            alike = np.sum(-u * nearest) / np.linalg.norm(u) / np.linalg.norm(nearest)
+            assert alike > 0.95, place
+            # Newton and Schulz's five rounds leave singular values between 0.7 and 1.2.
+            assert 0.6 < np.linalg.norm(u) / (0.1 * 0.2 * np.sqrt(g.size)) < 1.3, place
+        else:
+            np.testing.assert_allclose(np.sign(u), -np.sign(g), err_msg=place)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "lion", "sgd", "muon"])
 def test_other_optimizers_decay_the_same(name):
     """Without a gradient what remains is the decay, scaled by the learning rate."""
     params = {"weight": jnp.full((3, 4), 2.0), "bias": jnp.full(4, 2.0)}

@@ -9,10 +9,15 @@ import pytest
 from jaxlightning.callbacks._ema import Averaged, averaged_task  # type: ignore[import-not-found]
 from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # type: ignore[import-not-found]
 
+from jaxlightning import load_weights
 from jaxlightning._callback import Callback
 from jaxlightning._metrics import Mean
 from jaxlightning._step import TrainStep
-from jaxlightning.callbacks import ExponentialMovingAverage, GradientClipping
+from jaxlightning.callbacks import (
+    ExponentialMovingAverage,
+    GradientClipping,
+    LambdaCallback,
+)
 
 
 def run(callback, count, **how):
@@ -168,3 +173,12 @@ def test_refuses_nonsense():
         ExponentialMovingAverage(every_n_steps=0)
     with pytest.raises(ValueError, match="more than one `ExponentialMovingAverage`"):
         start([ExponentialMovingAverage(), ExponentialMovingAverage(0.5)])
+
+
+def test_weights_alone_are_the_average(tmp_path):
+    save = LambdaCallback(
+        on_fit_end=lambda trainer: trainer.save_checkpoint(tmp_path / "w", weights_only=True)
+    )
+    trainer = quiet_trainer([ExponentialMovingAverage(0.9), save])
+    trained = trainer.fit(Regression.initial(), list(batches(5)))
+    assert_bitwise(load_weights(tmp_path / "w", Regression.initial()), trained)

@@ -6,6 +6,7 @@ import pytest
 from tasks import Classifier, arrays, hand_loss, quiet, rows
 
 from jaxlightning import Callback, DataLoader, DataModule, Trainer
+from jaxlightning.callbacks import LambdaCallback
 
 
 def whole(task, data):
@@ -130,3 +131,24 @@ def test_optax_is_what_the_hand_written_loss_uses():
     logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     nll = -logp[np.arange(10), data["y"]][data["mask"]].mean()
     assert hand_loss(task.net, data) == pytest.approx(nll, abs=1e-6)
+
+
+def test_programs_are_compiled_once_for_all_calls():
+    trainer, task = quiet(), Classifier()
+    scores = [trainer.validate(task, DataLoader(rows(seed=seed), 8)) for seed in (0, 1)]
+    seconds = trainer.compile_s
+    scores.append(trainer.validate(task, DataLoader(rows(seed=0), 8)))
+    assert trainer.compile_s == seconds
+    assert scores[0] == scores[2] != scores[1]
+    assert trainer.validate(task, DataLoader(rows(seed=0), 5)) == pytest.approx(scores[0])
+    assert trainer.num_recompiles == 0
+
+
+def test_refuses_an_entry_point_inside_another():
+    def nested(trainer):
+        trainer.validate(trainer.task, DataLoader(rows(), 8))
+
+    trainer = quiet(max_epochs=1, callbacks=LambdaCallback(on_train_end=nested))
+    with pytest.raises(RuntimeError, match="`validate` was called during `fit`"):
+        trainer.fit(Classifier(), DataLoader(rows(), 8))
+    trainer.validate(Classifier(), DataLoader(rows(), 8))

@@ -1,5 +1,8 @@
 """`Trainer.fit` against loops written by hand."""
 
+import os
+import signal
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,9 @@ from tasks import (
     rows,
 )
 
-from jaxlightning import Callback, DataLoader, Mean, TaskModule, buffer
+from jaxlightning import Callback, DataLoader, Mean, TaskModule, buffer, load_weights
+from jaxlightning._checkpoint import read_metadata
+from jaxlightning.callbacks import LambdaCallback
 
 
 class Losses(Callback):
@@ -281,3 +286,88 @@ def test_dropout_depends_on_seed_and_step_only():
     assert_same(fit(3), fit(3))
     with pytest.raises(AssertionError):
         assert_same(fit(3), fit(4))
+
+
+class Rotation(TaskModule):
+    """A complex parameter, which has to reach `target`."""
+
+    weight: jax.Array
+    target: complex = eqx.field(static=True, default=2 - 1j)
+
+    def training_step(self, batch, *, key):
+        return Mean.over(jnp.abs(self.weight - self.target) ** 2 + 0 * batch["x"][:, 0])
+
+    def configure_optimizers(self):
+        return optax.sgd(0.2)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_complex_parameters_descend(accumulate):
+    trainer = quiet(max_epochs=10, accumulate_grad_batches=accumulate)
+    trained = trainer.fit(Rotation(jnp.array(1 + 1j)), DataLoader(rows(), 8))
+    np.testing.assert_allclose(trained.weight, 2 - 1j, atol=1e-4)
+
+
+def test_accumulated_batches_reach_hooks_as_lists():
+    sizes = []
+    hook = LambdaCallback(on_train_batch_end=lambda _, outputs, batch, i: sizes.append(len(batch)))
+    trainer = quiet(max_epochs=1, accumulate_grad_batches=2, callbacks=hook)
+    trainer.fit(Classifier(), DataLoader(rows(40), 8))
+    assert sizes == [2, 2, 1]
+
+
+def test_a_signal_ends_one_run_only():
+    strike = [signal.SIGINT]
+
+    def interrupt(trainer, outputs, batch, batch_idx):
+        if strike:
+            os.kill(os.getpid(), strike.pop())
+
+    hook = LambdaCallback(on_train_batch_end=interrupt)
+    trainer = quiet(max_epochs=1, callbacks=hook)
+    with pytest.raises(SystemExit):
+        trainer.fit(Classifier(), DataLoader(rows(40), 8))
+    assert trainer.global_step == 1
+    trainer.fit(Classifier(), DataLoader(rows(40), 8))
+    assert trainer.global_step == 5
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_saves_that_are_asked_for_at_the_very_end(tmp_path, hook):
+    save = LambdaCallback(**{hook: lambda trainer: trainer.save_checkpoint(tmp_path / "a")})
+    trainer = quiet(max_epochs=1, callbacks=save)
+    trained = trainer.fit(Classifier(), DataLoader(rows(), 8))
+    assert_same(load_weights(tmp_path / "a", Classifier()), trained)
+
+
+def test_saves_after_a_fit_are_on_the_disk_on_return(tmp_path):
+    for name in ("a", "b"):  # two trainers, one folder
+        trainer = quiet(max_epochs=1)
+        trained = trainer.fit(Classifier(), DataLoader(rows(), 8))
+        trainer.save_checkpoint(tmp_path / name)
+        assert_same(load_weights(tmp_path / name, Classifier()), trained)
+
+
+def test_a_fit_saves_nothing_of_the_failed_one_before(tmp_path):
+    class Counts(Callback):
+        count, fails = 0, True
+
+        def on_validation_batch_end(self, *_):
+            if self.fails:
+                raise RuntimeError
+
+        def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
+            self.count += 1
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}")
+
+        def state_dict(self):
+            return {"count": self.count}
+
+    counts, data = Counts(), DataLoader(rows(40), 40)
+    trainer = quiet(max_epochs=1, num_sanity_val_steps=0, callbacks=counts)
+    with pytest.raises(RuntimeError):
+        trainer.fit(Classifier(), data, data)
+    counts.fails = False
+    trainer.fit(Classifier(), data)
+    (state,) = read_metadata(tmp_path / "1")["callbacks"].values()
+    assert state == {"count": 2}

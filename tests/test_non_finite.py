@@ -8,7 +8,7 @@ from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # t
 
 from jaxlightning._callback import InsideStep
 from jaxlightning._stream import computed, read
-from jaxlightning.callbacks import ExponentialMovingAverage, SkipNonFinite
+from jaxlightning.callbacks import ExponentialMovingAverage, LambdaCallback, SkipNonFinite
 
 
 def test_a_poisoned_step_leaves_everything_bitwise_and_is_counted():
@@ -126,3 +126,12 @@ def test_in_a_fit(steps_per_dispatch):
 def test_refuses_nonsense():
     with pytest.raises(ValueError, match="`max_in_a_row=0` has to be a positive integer"):
         SkipNonFinite(0)
+
+
+def test_an_interval_of_refused_steps_has_no_loss():
+    """Zero would be the best loss there ever was to whoever monitors it."""
+    losses = []
+    log = LambdaCallback(on_log=lambda trainer, metrics, step: losses.append(metrics["train/loss"]))
+    trainer = quiet_trainer([SkipNonFinite(), log], log_every_n_steps=1)
+    trainer.fit(Regression.initial(), list(batches(4, {2})))
+    assert [np.isfinite(loss) for loss in losses] == [True, True, False, True]

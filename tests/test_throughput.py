@@ -92,8 +92,8 @@ def test_accumulated_batches_are_one_step(clock):
     rates = logged(monitor, trainer)
     assert (rates["steps_per_s"], rates["examples_per_s"]) == (2.0, 32.0)
     assert rates["flops_per_s"] == 4000.0
-    # The last step of an epoch may have a single batch, which comes alone.
-    steps(monitor, trainer, clock, 1, batch=BATCH)
+    # The last step of an epoch may have a single batch.
+    steps(monitor, trainer, clock, 1, batch=[BATCH])
     assert logged(monitor, trainer)["examples_per_s"] == (4 * 16 + 8) / 2.5
 
 
