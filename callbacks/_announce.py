@@ -7,9 +7,11 @@ import sys
 import jax
 
 
-def announce(message: str) -> None:
-    """Prints, once for all processes, and above a progress bar if there is one."""
-    if jax.process_index() != 0:
+def announce(message: str, everywhere: bool = False) -> None:
+    """Prints, above a progress bar if there is one; once for all processes, or in each of them."""
+    if everywhere and jax.process_count() > 1:
+        message = f"[process {jax.process_index()}] {message}"
+    elif jax.process_index() != 0:
         return
     # Not imported for this: where nobody has imported tqdm, there is no bar.
     tqdm = sys.modules.get("tqdm")

@@ -38,6 +38,7 @@ class EarlyStopping(MonitorCallback):
         stopping_threshold: int | float | None = None,
         divergence_threshold: int | float | None = None,
         check_on_train_epoch_end: bool | None = None,
+        log_rank_zero_only: bool = False,
     ):
         """
         - `monitor`: the metric's name, such as `"val/loss"`.
@@ -51,6 +52,7 @@ class EarlyStopping(MonitorCallback):
         - `divergence_threshold`: stop once the metric is worse than this.
         - `check_on_train_epoch_end`: whether to check at the end of an epoch rather than of a
           validation; by default, where the metric is new.
+        - `log_rank_zero_only`: whether `verbose` prints in the first process only.
         """
         super().__init__(monitor, mode, check_on_train_epoch_end, strict)
         check_at_least("EarlyStopping", "patience", patience, 0)
@@ -61,6 +63,7 @@ class EarlyStopping(MonitorCallback):
         self.check_finite = check_finite
         self.stopping_threshold = stopping_threshold
         self.divergence_threshold = divergence_threshold
+        self.log_rank_zero_only = log_rank_zero_only
         self.reset()
 
     def reset(self) -> None:
@@ -77,7 +80,7 @@ class EarlyStopping(MonitorCallback):
             self.stopping_reason, self.stopping_message = reason, message
             trainer.stop(message)
         elif message and self.verbose:
-            announce(message)
+            announce(message, everywhere=not self.log_rank_zero_only)
 
     def _verdict(self, value: float) -> tuple[str | None, str]:
         """Counts, and says whether to stop."""

@@ -74,6 +74,9 @@ class ExponentialMovingAverage(Callback):
     ) -> optax.GradientTransformation:
         return average_parameters(tx, self.decay, self.every_n_steps, self.start_step)
 
+    def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        checkpoint["evaluated"] = "opt_state/average"
+
     def evaluation_task(self, trainer: Trainer, task: TaskModule) -> TaskModule:
         return averaged_task(task, trainer.state.opt_state)
 

@@ -209,6 +209,11 @@ class Arguments:
             "`steps_per_dispatch=1`.",
         )
         together(
+            self.detect_anomaly and Precision.named(self.precision).scale_loss,
+            "`detect_anomaly=True` looks for NaN, which a scaled loss overflows to now and then. "
+            'Look for it with `precision="32-true"`.',
+        )
+        together(
             self.gradient_clip_val is None and self.gradient_clip_algorithm is not None,
             f"`gradient_clip_algorithm={self.gradient_clip_algorithm!r}` clips nothing without "
             "`gradient_clip_val`. Write `gradient_clip_val=1.0`.",

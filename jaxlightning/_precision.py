@@ -18,8 +18,12 @@ class Precision(NamedTuple):
     """The dtypes of a run.
 
     `params` is how parameters, and so the optimizer's state, are stored; `compute` is what the
-    task's methods see; `output` is what predictions are turned into. Losses and metrics are
-    always summed in float32. `scale_loss` turns on dynamic loss scaling, which float16 needs.
+    task's methods see, floating-point leaves of the batch included unless `inputs` says otherwise;
+    `output` is what predictions are turned into. Losses and metrics are always summed in float32.
+    `scale_loss` turns on dynamic loss scaling, which float16 needs.
+
+    bfloat16 keeps 3 digits: where targets of a regression need more, write
+    `Precision(compute=jnp.bfloat16, inputs=jnp.float32)` and cast the inputs in the task.
 
     | name | params | compute | scaled |
     |---|---|---|---|
@@ -33,6 +37,12 @@ class Precision(NamedTuple):
     compute: DTypeLike = jnp.float32
     output: DTypeLike = jnp.float32
     scale_loss: bool = False
+    inputs: DTypeLike | None = None
+    """Of the batch's floating-point leaves; by default that of `compute`."""
+
+    def of_batch(self, batch: PyTree) -> PyTree:
+        """The batch as the task's methods see it."""
+        return cast(batch, self.compute if self.inputs is None else self.inputs)
 
     @classmethod
     def named(cls, name: str | Precision) -> Precision:

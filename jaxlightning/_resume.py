@@ -7,11 +7,14 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint import CheckpointStore, find_checkpoints, restore_latest
@@ -123,7 +126,7 @@ def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
 def fixed_configuration(trainer: Trainer) -> dict[str, Any]:
     """What has to be equal for a resumed run to be the same run."""
     precision = {
-        name: value if isinstance(value, bool) else jax.numpy.dtype(value).name
+        name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
         for name, value in trainer.precision._asdict().items()
     }
     return {
@@ -209,17 +212,15 @@ def restore(trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any)
     """Brings a run to where a checkpoint was taken; `"auto"`: to the latest one, if any."""
     like = run.abstract_state()
     if ckpt_path == "auto":
+        for entry in find_checkpoints(checkpoint_folder(trainer))[-1:]:
+            refuse_weights_only(entry.path, entry.metadata)
         found = restore_latest(checkpoint_folder(trainer), like)
         if found is None:
             return None
         tree, metadata, path = found
     else:
         path = resolve(trainer, ckpt_path)
-        if "stream" not in read_metadata(path):
-            raise ValueError(
-                f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
-                f"into a task instead: `load_weights({str(path)!r}, task)`."
-            )
+        refuse_weights_only(path, read_metadata(path))
         tree, metadata = read_checkpoint(path, like)
     check_configuration(metadata["fixed"], _as_json(fixed_configuration(trainer)), path)
     bus = trainer._bus
@@ -234,6 +235,15 @@ def restore(trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any)
     for logger in trainer.loggers:
         logger.resume(run.position.step)
     return path
+
+
+def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:
+    """**Raises:** `ValueError` for a checkpoint that no run can go on from."""
+    if "stream" not in metadata:
+        raise ValueError(
+            f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
+            f"into a task instead: `load_weights({str(path)!r}, task)`."
+        )
 
 
 def _encoded(state: Any) -> Any:
@@ -256,11 +266,15 @@ def _as_json(values: Any) -> Any:
 
 
 def load_weights(path: str | os.PathLike[str], task: TaskModule) -> TaskModule:
-    """`task` with the arrays of a checkpoint, of a whole run or of weights only.
+    """`task` with the arrays of a checkpoint, of a whole run or of weights only, in the task's
+    dtypes. Where the run evaluated other parameters than it trained, an average, it has those.
 
     **Raises:** `ValueError` that lists what is missing and what has another shape.
     """
     arrays = load_arrays(path, include=r"^task/")
+    if evaluated := read_metadata(path).get("evaluated"):
+        averages = load_arrays(path, include=f"^{re.escape(evaluated)}/")
+        arrays |= {f"task{name.removeprefix(evaluated)}": x for name, x in averages.items()}
     found, structure = jax.tree_util.tree_flatten_with_path(task)
     leaves, wrong = [], []
     for keys, leaf in found:
@@ -269,15 +283,23 @@ def load_weights(path: str | os.PathLike[str], task: TaskModule) -> TaskModule:
             leaves.append(leaf)
         elif name not in arrays:
             wrong.append(f"  {name}: missing")
-        elif arrays[name].shape != leaf.shape:
-            wrong.append(f"  {name}: {arrays[name].shape} in the checkpoint, {leaf.shape} here")
         else:
-            leaves.append(jax.numpy.asarray(arrays[name], leaf.dtype))
+            loaded = _like(arrays[name], leaf)
+            if loaded.shape != leaf.shape:
+                wrong.append(f"  {name}: {loaded.shape} in the checkpoint, {leaf.shape} here")
+            leaves.append(loaded)
     if wrong:
         raise ValueError(
             f"The checkpoint `{path}` does not fit `{type(task).__name__}`:\n" + "\n".join(wrong)
         )
     return jax.tree.unflatten(structure, leaves)
+
+
+def _like(array: np.ndarray, leaf: Any) -> jax.Array:
+    """An array of a checkpoint as a leaf of the dtype of `leaf`, which may be keys."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+    return jnp.asarray(array, leaf.dtype)
 
 
 def newest_version(save_dir: str, name: str) -> int | None:

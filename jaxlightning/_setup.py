@@ -135,6 +135,12 @@ def refuse_switched_off(arguments: Arguments, callbacks: list[Callback]) -> None
                 f"`{switch}`, but `callbacks` has a `{type(contradicting[0]).__name__}`. Remove "
                 "one of the two."
             )
+    clips = [c for c in callbacks if type(c).__name__ == "GradientClipping"]
+    if clips and arguments.gradient_clip_val is not None:
+        raise ValueError(
+            f"`gradient_clip_val={arguments.gradient_clip_val}` and the `GradientClipping` of "
+            "`callbacks` would clip twice. Remove one of the two."
+        )
 
 
 def make_loggers(logger: Any, root: str) -> list[Any]:
@@ -275,6 +281,11 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
     concrete = given if isinstance(given, TaskModule) else task
     if owns_update(task):
         refuse_for_own_update(arguments, task, bus)
+    if arguments.detect_anomaly and bus.judges:
+        raise ValueError(
+            f"`detect_anomaly=True` ends the run at the first NaN, and "
+            f"`{type(bus.judges[0]).__name__}` goes on after it. Remove one of the two."
+        )
     tx = call_configured(lambda: task_optimizer(concrete), task, "configure_optimizers")
     if not owns_update(task):
         import optax

@@ -125,14 +125,20 @@ class TrainStep(NamedTuple):
             # Of a step that was not taken, what was measured still counts, unless it is no number.
             metrics = keep_where(accepted | jnp.isfinite(loss), metrics, empty)
         found = self.bus.inside_step(view._replace(skipped=state.skipped))
-        metrics = metrics | as_metrics(found, "inside_step")
+        observed = as_metrics(found, "inside_step")
+        for name in sorted(observed.keys() & metrics.keys()):
+            raise ValueError(
+                f"Both the task and a callback's `inside_step` give a metric `{name}`. Rename one "
+                "of them."
+            )
+        metrics = metrics | observed
         return state.replace(task=new, opt_state=opt_state), metrics
 
     def _outputs(
         self, params: PyTree, buffers: PyTree, batch: PyTree, key: PRNGKeyArray
     ) -> Outputs:
         task = cast_task(eqx.combine(params, buffers), self.precision.compute)
-        outputs = task.training_step(cast(batch, self.precision.compute), key=key)
+        outputs = task.training_step(self.precision.of_batch(batch), key=key)
         return read_outputs(outputs, f"{type(task).__name__}.training_step")
 
     def _buffers(self, task: TaskModule, buffers: PyTree) -> PyTree:
@@ -296,7 +302,7 @@ class EvalStep(NamedTuple):
         stream = {"validation": VALIDATE, "test": TEST, "predict": PREDICT}[self.stage]
         key = step_key(root, stream, index)
         task = cast_task(task, self.precision.compute)
-        batch = cast(batch, self.precision.compute)
+        batch = self.precision.of_batch(batch)
         method = getattr(task, f"{self.stage}_step")
         if self.stage == "predict":
             return cast(method(batch, key=key), self.precision.output)

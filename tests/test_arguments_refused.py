@@ -6,7 +6,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxlightning import Callback, Trainer
 from jaxlightning._arguments import Arguments
-from jaxlightning.callbacks import GradientNormMonitor, ModelCheckpoint, TQDMProgressBar
+from jaxlightning.callbacks import (
+    GradientClipping,
+    GradientNormMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
 from jaxlightning.loggers import CSVLogger
 
 INTEGERS = {
@@ -143,6 +148,14 @@ TOGETHER = [
     (
         {"steps_per_dispatch": 2, "detect_anomaly": True},
         "blocks of `steps_per_dispatch=2` steps do not have. Write `steps_per_dispatch=1`.",
+    ),
+    (
+        {"detect_anomaly": True, "precision": "16-mixed"},
+        'Look for it with `precision="32-true"`.',
+    ),
+    (
+        {"gradient_clip_val": 1.0, "callbacks": GradientClipping(1.0)},
+        "would clip twice. Remove one of the two.",
     ),
     (
         {"gradient_clip_algorithm": "value"},

@@ -2,6 +2,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import pytest
 from fake_trainer import FakeTrainer, script  # type: ignore[import-not-found]
 
@@ -151,6 +152,16 @@ def test_verbose(capsys):
     )
     stopped([0.5, 0.6, 0.25])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("only", "says"), [(False, "[process 1] `val/loss` improved to 0.5.\n"), (True, "")]
+)
+def test_other_processes(capsys, monkeypatch, only, says):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    stopped([0.5, 0.6], verbose=True, log_rank_zero_only=only)
+    assert capsys.readouterr().out == says
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import optax
 import pytest
 from jaxlightning.callbacks._ema import Averaged, averaged_task  # type: ignore[import-not-found]
 from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # type: ignore[import-not-found]
+from tasks import quiet
 
 from jaxlightning import load_weights
 from jaxlightning._callback import Callback
@@ -17,6 +18,7 @@ from jaxlightning.callbacks import (
     ExponentialMovingAverage,
     GradientClipping,
     LambdaCallback,
+    ModelCheckpoint,
 )
 
 
@@ -182,3 +184,19 @@ def test_weights_alone_are_the_average(tmp_path):
     trainer = quiet_trainer([ExponentialMovingAverage(0.9), save])
     trained = trainer.fit(Regression.initial(), list(batches(5)))
     assert_bitwise(load_weights(tmp_path / "w", Regression.initial()), trained)
+
+
+def test_a_checkpoint_is_evaluated_with_its_average(tmp_path):
+    saves = ModelCheckpoint(dirpath=tmp_path, monitor="val/loss", save_top_k=1)
+    trainer = quiet(
+        callbacks=[ExponentialMovingAverage(0.8), saves], enable_checkpointing=None, max_epochs=1
+    )
+    start = Regression.initial()
+    task = Validated(start.weight, start.bias, start.seen)
+    trained = trainer.fit(task, list(batches(5)), list(batches(2)))
+    monitored = trainer.callback_metrics["val/loss"]
+    assert monitored != pytest.approx(float(trainer.state.task.weight[0]), rel=1e-3)
+    found = trainer.validate(task, list(batches(2)), ckpt_path="best")
+    assert found["val/loss"] == pytest.approx(monitored, rel=1e-6)
+    loaded = load_weights(saves.best_model_path, task)
+    np.testing.assert_array_equal(loaded.weight, trained.weight)

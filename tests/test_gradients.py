@@ -150,3 +150,15 @@ def test_refuses_nonsense():
         GradientClipping(1.0, "norms")
     with pytest.raises(ValueError, match="`depth=-1` has to be 0 or a positive integer"):
         GradientNormMonitor(depth=-1)
+
+
+def test_a_name_that_the_task_uses_too_is_refused():
+    class Named(Regression):
+        def training_step(self, batch, *, key):
+            loss, _, after = super().training_step(batch, key=key)
+            return loss, {"grad_norm": loss}, after
+
+    begin = Regression.initial()
+    task = Named(begin.weight, begin.bias, begin.seen)
+    with pytest.raises(ValueError, match=r"Both the task and a callback's .* `grad_norm`\. Rename"):
+        quiet_trainer([GradientNormMonitor()]).fit(task, list(batches(2)))

@@ -136,3 +136,23 @@ def test_masked_sums_do_not_overflow_float16():
     trainer.fit(Sums(jnp.ones((1, 1))), DataLoader(data, 4000))
     found = trainer.validate(dataloaders=DataLoader(data, 4000))
     assert found["val/loss"] == pytest.approx(100.0)
+
+
+def test_inputs_may_keep_more_digits_than_the_computation():
+    """1234.5 has no bfloat16: the nearest is 1232."""
+
+    class Targets(TaskModule):
+        weight: jax.Array
+
+        def training_step(self, batch, *, key):
+            return Mean.over(batch["y"] + 0 * self.weight.astype(batch["y"].dtype))
+
+        def configure_optimizers(self):
+            return optax.sgd(0.0)
+
+    data = DataLoader({"y": np.full((8, 1), 1234.5, np.float32)}, 8)
+    exact = Precision(compute=jnp.bfloat16, inputs=jnp.float32)
+    for precision, expected in (("bf16-mixed", 1232.0), (exact, 1234.5)):
+        trainer = quiet(max_epochs=1, precision=precision)
+        trainer.fit(Targets(jnp.ones((1, 1))), data)
+        assert trainer.callback_metrics["train/loss_epoch"] == expected

@@ -1,10 +1,11 @@
 """What does not fit together is refused, with the differences listed."""
 
+import jax
 import pytest
-from tasks import Classifier, quiet, rows
+from tasks import Classifier, assert_same, quiet, rows
 
-from jaxlightning import DataLoader
-from jaxlightning.callbacks import ModelCheckpoint
+from jaxlightning import DataLoader, load_weights
+from jaxlightning.callbacks import EarlyStopping, ModelCheckpoint
 
 
 def trainer(folder, **arguments):
@@ -71,8 +72,40 @@ def test_weights_only_cannot_be_resumed(tmp_path):
     one.save_checkpoint(tmp_path / "weights", weights_only=True)
     one.wait_for_checkpoints()
     one._saver.close()
-    with pytest.raises(ValueError, match="holds weights only"):
-        trainer(tmp_path).fit(Classifier(), loader(), ckpt_path=tmp_path / "weights")
+    for way in ({"ckpt_path": tmp_path / "weights"}, {"resume": "auto"}):
+        with pytest.raises(ValueError, match="holds weights only"):
+            trainer(tmp_path).fit(Classifier(), loader(), **way)
+
+
+def test_a_callback_that_is_gone_is_told_of(saved):
+    """`EarlyStopping` with another monitor is another one, and would start from zero silently."""
+    stopping = EarlyStopping("train/loss", patience=9)
+    folder = saved / "stopping"
+    saves = ModelCheckpoint(dirpath=folder, every_n_train_steps=2)
+    quiet(enable_checkpointing=None, callbacks=[saves, stopping], max_epochs=1).fit(
+        Classifier(), loader()
+    )
+    with pytest.warns(UserWarning, match=r"does not have: `EarlyStopping.*train/loss"):
+        trainer(folder, max_epochs=2, callbacks=ModelCheckpoint(dirpath=folder)).fit(
+            Classifier(), loader(), ckpt_path="last"
+        )
+
+
+def test_weights_with_keys_are_loaded(tmp_path):
+    class Keyed(Classifier):
+        own: jax.Array
+
+        def __init__(self):
+            super().__init__()
+            self.own = jax.random.key(3)
+
+    task = Keyed()
+    one = quiet(max_steps=1)
+    trained = one.fit(task, loader())
+    one.save_checkpoint(tmp_path / "weights", weights_only=True)
+    loaded = load_weights(tmp_path / "weights", task)
+    assert (jax.random.key_data(loaded.own) == jax.random.key_data(trained.own)).all()
+    assert_same(loaded, trained)
 
 
 def test_more_epochs_than_before(saved):
