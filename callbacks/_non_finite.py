@@ -40,11 +40,11 @@ class LongestStreak(Metric):
 class SkipNonFinite(Callback):
     """Refuses steps whose loss or gradient is NaN or infinite.
 
-    Such a step leaves parameters, optimizer state, averages and buffers bitwise as they were,
-    and what it measured counts only where its loss is finite; the step's number and the data advance. It is counted on
-    the device, and logged as `train/skipped`. Overflows that float16's loss scale is there to
-    catch are not counted. (`optax.apply_if_finite` is no alternative: it writes the NaN in the
-    end.)
+    Such a step leaves parameters, optimizer state, averages and buffers bitwise as they were; what
+    it measured counts only where its loss is finite. The step's number and the data advance. It is
+    counted on the device, and logged as `train/skipped`. Overflows that float16's loss scale is
+    there to catch are not counted. (`optax.apply_if_finite` is no alternative: it writes the NaN
+    in the end.)
 
     **Arguments:**
 

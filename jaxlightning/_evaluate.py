@@ -171,10 +171,14 @@ class Evaluator:
         self._arguments = (placement, on_recompile, compiler_options)
         self._precision = precision
         self._programs: dict[tuple[str, str], EvalProgram] = {}
+        self._replaced_compile_s, self._replaced_recompilations = 0.0, 0
 
     def program(self, stage: str, loader: str, task: TaskModule, feed: Feed) -> EvalProgram:
         found = self._programs.get((stage, loader))
         if found is None or not found.fits(task, feed):
+            if found is not None:
+                self._replaced_compile_s += found.program.compile_s
+                self._replaced_recompilations += found.program.recompilations
             step = EvalStep(stage, self._precision)
             found = EvalProgram(step, task, feed, *self._arguments)
             self._programs[stage, loader] = found
@@ -183,11 +187,14 @@ class Evaluator:
 
     @property
     def compile_s(self) -> float:
-        return sum((p.program.compile_s for p in self._programs.values()), 0.0)
+        """Of all programs, those included that were replaced."""
+        own = sum(p.program.compile_s for p in self._programs.values())
+        return self._replaced_compile_s + own
 
     @property
     def recompilations(self) -> int:
-        return sum(p.program.recompilations for p in self._programs.values())
+        own = sum(p.program.recompilations for p in self._programs.values())
+        return self._replaced_recompilations + own
 
 
 def gather(batches: list[PyTree]) -> PyTree:
