@@ -27,8 +27,8 @@ _PRESETS: dict[str, dict[str, int]] = {
     ),
     "small": dict(
         vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=1024,
+        hidden_size=128,
+        intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
     ),

@@ -16,7 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial", "exponential", "inver
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 _PEAKS = {"base": 5e-4, "large": 3e-4, "xlarge": 1e-4, "xxlarge": 1e-4}
-_SMALL_PEAK = 2e-3
+_SMALL_PEAK = 4e-3
 
 
 def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), **how: Any) -> Any:
@@ -80,7 +80,7 @@ class PretrainOptions:
         group="model and training",
         metavar="NAME_OR_FILE",
     )
-    steps: int = option(3000, "optimizer steps", group="model and training", type=int, metavar="N")
+    steps: int = option(1500, "optimizer steps", group="model and training", type=int, metavar="N")
     epochs: int | None = option(
         None,
         "passes over the text, in place of --steps",
@@ -114,7 +114,7 @@ class PretrainOptions:
         metavar="NAME",
     )
     optimizer: str = option(
-        "adamw", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+        "muon", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
     )
     weight_decay: float = option(
         0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"

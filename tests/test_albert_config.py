@@ -64,7 +64,7 @@ def test_the_default_is_the_released_xxlarge():
 
 def test_changes_of_a_preset():
     config = AlbertConfig.preset("small", vocab_size=99, hidden_dropout_prob=0.2)
-    assert (config.vocab_size, config.hidden_dropout_prob, config.hidden_size) == (99, 0.2, 256)
+    assert (config.vocab_size, config.hidden_dropout_prob, config.hidden_size) == (99, 0.2, 128)
     with pytest.raises(ValueError, match=r"has no field `vocab`. Did you mean `vocab_size`"):
         AlbertConfig.preset("small", vocab=99)
 
