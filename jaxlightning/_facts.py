@@ -28,6 +28,8 @@ class Facts:
     _run: FitRun
     _schedule: Schedule
     _evaluator: Evaluator
+    _start: Position
+    _asked: dict[str, Any]
     _val_feeds: dict[str, Feed]
     _eval_feeds: dict[str, dict[str, Feed]]
     callback_metrics: Numbers
@@ -71,7 +73,7 @@ class Facts:
 
     @property
     def _position(self) -> Position:
-        return Position() if self._run is None else self._run.position
+        return self._start if self._run is None else self._run.position
 
     @property
     def global_step(self) -> int:

@@ -241,6 +241,19 @@ class FitRun:
                 yield held, last
                 held = []
 
+    def go_on_with(self, feed: Feed) -> None:
+        """Takes the batches of another loader from the next epoch on.
+
+        **Raises:** `ValueError` for batches of another structure.
+        """
+        if feed.structure != self._batch_structure:
+            raise ValueError(
+                f"The batches of the reloaded training data have the structure {feed.structure}, "
+                f"but those before had {self._batch_structure}. All batches have to be alike."
+            )
+        feed.wait_s = self.feed.wait_s
+        self.feed, self.batch_spec = feed, feed.spec
+
     def plan(self, schedule: Schedule, needs_state: Any) -> None:
         """Tells where blocks have to end."""
         self._schedule, self._needs_state = schedule, needs_state

@@ -116,6 +116,7 @@ def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "stream": stream.state_dict(),
         "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
         "data": trainer._sources.module.state_dict(),
+        "loaders": trainer._asked,
         "iterator": _encoded(run.data_state),
         "fixed": fixed_configuration(trainer),
     }
@@ -208,29 +209,55 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
     return Path(best)
 
 
-def restore(trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any) -> Path | None:
-    """Brings a run to where a checkpoint was taken; `"auto"`: to the latest one, if any."""
+def go_back(trainer: Trainer, ckpt_path: Any) -> Path | None:
+    """Finds the checkpoint to go on from, `"auto"`: the latest one, if any, and brings the data
+    module to where its loaders were asked for, which is before a run can be built."""
+    if ckpt_path != "auto":
+        path = resolve(trainer, ckpt_path)
+        _go_back_to(trainer, path, read_metadata(path))
+        return path
+    for entry in find_checkpoints(checkpoint_folder(trainer))[-1:]:
+        _go_back_to(trainer, entry.path, entry.metadata)
+        return entry.path
+    return None
+
+
+def _go_back_to(trainer: Trainer, path: Path, metadata: Mapping[str, Any]) -> None:
+    refuse_weights_only(path, metadata)
+    asked = metadata["loaders"]
+    trainer._position.__dict__.update(asked["position"])
+    trainer._sources.module.load_state_dict(asked["data"])
+
+
+def restore(
+    trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any, path: Path | None
+) -> Path | None:
+    """Brings a run to where the checkpoint was taken that `go_back` found; for `"auto"` to an
+    earlier one if that is damaged."""
     like = run.abstract_state()
     if ckpt_path == "auto":
-        for entry in find_checkpoints(checkpoint_folder(trainer))[-1:]:
-            refuse_weights_only(entry.path, entry.metadata)
         found = restore_latest(checkpoint_folder(trainer), like)
         if found is None:
             return None
-        tree, metadata, path = found
+        tree, metadata, intact = found
+        if intact != path:
+            path = intact
+            _go_back_to(trainer, path, metadata)
+            trainer._reopen_data()
     else:
-        path = resolve(trainer, ckpt_path)
-        refuse_weights_only(path, read_metadata(path))
+        assert path is not None
         tree, metadata = read_checkpoint(path, like)
     check_configuration(metadata["fixed"], _as_json(fixed_configuration(trainer)), path)
     bus = trainer._bus
     bus.on_load_checkpoint(trainer, metadata)
     bus.load_state_dict(metadata["callbacks"])
-    trainer._sources.module.load_state_dict(metadata["data"])
+    if metadata["data"] != metadata["loaders"]["data"]:  # it changed since the loaders were made
+        trainer._sources.module.load_state_dict(metadata["data"])
     run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
     run.position.__dict__.update(Position(**metadata["position"]).__dict__)
     run.data_state = _decoded(metadata["iterator"])
-    run.feed.go_on(run.position.total_batches, run.data_state)
+    before = metadata["loaders"]["position"]["total_batches"]
+    run.feed.go_on(run.position.total_batches - before, run.data_state)
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     for logger in trainer.loggers:
         logger.resume(run.position.step)

@@ -63,6 +63,9 @@ class Schedule:
     """Epochs from one validation to the next; `None`: batches are counted across epochs."""
     validates: bool = False
     accumulate: int = 1
+    start_epoch: int = 0
+    """The epoch in which the training loader was asked for."""
+    start_step: int = 0
 
     @property
     def total_steps(self) -> int | float:
@@ -70,7 +73,10 @@ class Schedule:
         steps = math.inf if self.max_steps is None else self.max_steps
         if self.epoch_batches is None or self.max_epochs is None:
             return steps
-        return min(steps, self.max_epochs * math.ceil(self.epoch_batches / self.accumulate))
+        epochs = self.max_epochs - self.start_epoch
+        return min(
+            steps, self.start_step + epochs * math.ceil(self.epoch_batches / self.accumulate)
+        )
 
     def finished(self, at: Position) -> bool:
         return (self.max_steps is not None and at.step >= self.max_steps) or (

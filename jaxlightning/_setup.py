@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from ._init import TaskSource, call_configured
 from ._optim import task_optimizer
 from ._precision import Precision
 from ._resume import newest_version
-from ._schedule import Schedule, val_batches
+from ._schedule import Position, Schedule, val_batches
 from ._sources import Loaders, first_batches
 from ._step import EvalStep, TrainStep, owns_update
 from ._stream import MetricStream, NoStream
@@ -224,10 +226,25 @@ def fit_loaders(trainer: Trainer) -> tuple[Any, Loaders]:
     return batches, {"": batches} if validates else {}
 
 
+def open_data(trainer: Trainer) -> Feed:
+    """Asks for the loaders of a fit. A checkpoint has to know when, and in which state of their
+    module: a resumed run asks as this one did."""
+    trainer._asked = {
+        "position": dataclasses.asdict(trainer._position),
+        "data": copy.deepcopy(trainer._sources.module.state_dict()),
+    }
+    train, val = fit_loaders(trainer)
+    limits = trainer._arguments
+    feed = make_feed(trainer, train, "training", limits.limit_train_batches)
+    trainer._val_feeds = make_feeds(trainer, val, "validation", limits.limit_val_batches)
+    trainer._schedule = make_schedule(limits, feed, bool(trainer._val_feeds), trainer._position)
+    return feed
+
+
 # The run
 
 
-def make_schedule(arguments: Arguments, feed: Feed, validates: bool) -> Schedule:
+def make_schedule(arguments: Arguments, feed: Feed, validates: bool, at: Position) -> Schedule:
     length = feed.length
     if length == 0:
         raise ValueError(
@@ -248,6 +265,8 @@ def make_schedule(arguments: Arguments, feed: Feed, validates: bool) -> Schedule
         val_epochs=arguments.check_val_every_n_epoch,
         validates=validates,
         accumulate=arguments.accumulate_grad_batches,
+        start_epoch=at.epoch,
+        start_step=at.step,
     )
 
 

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+import jax
+
 from .data import DataModule
+from .data._feed import has_batches, known_length
 
 Loaders = dict[str, Any]
 """Loaders by name; one that stands alone has the name `""`."""
@@ -79,8 +82,14 @@ def _named(found: Any, kind: str) -> Loaders:
                     "`DataLoader(arrays, batch_size=32)`."
                 )
         return dict(found)
-    if isinstance(found, list | tuple) and found and all(hasattr(x, "batches") for x in found):
-        return {str(index): loader for index, loader in enumerate(found)}
+    if isinstance(found, list | tuple) and found:
+        if all(map(has_batches, found)):
+            return {str(index): loader for index, loader in enumerate(found)}
+        for item in filter(_gives_batches, found):
+            raise TypeError(
+                f"The {kind} data is a list that holds a loader, a `{type(item).__name__}`, where "
+                'batches are expected. Pass several loaders by name: `{"first": a, "second": b}`.'
+            )
     if not _is_loader(found):
         raise TypeError(
             f"The {kind} data is a `{type(found).__name__}`, which is no loader. Pass a "
@@ -93,7 +102,18 @@ def _is_loader(found: Any) -> bool:
     array = hasattr(found, "dtype") and hasattr(found, "shape")
     if array or isinstance(found, str | bytes | type):
         return False
-    return hasattr(found, "batches") or isinstance(found, Iterable)
+    return has_batches(found) or isinstance(found, Iterable)
+
+
+def _gives_batches(item: Any) -> bool:
+    """Whether an item of a list can be no batch, but gives some."""
+    if isinstance(item, str | bytes | Mapping) or hasattr(item, "__array__"):
+        return False
+    return jax.tree_util.all_leaves([item]) and _is_loader(item)
+
+
+class _Batches(list[Any]):
+    allow_nan = False
 
 
 def first_batches(loader: Any, count: int | float) -> list[Any]:
@@ -101,10 +121,13 @@ def first_batches(loader: Any, count: int | float) -> list[Any]:
     if hasattr(loader, "unshuffled"):
         loader = loader.unshuffled()
     if isinstance(count, float):
-        if not hasattr(loader, "__len__"):
+        length = known_length(loader)
+        if length is None:
             raise ValueError(
                 f"`overfit_batches={count}` is a fraction, but the training data has no length. "
                 "Write a number of batches."
             )
-        count = max(1, int(len(loader) * count))
-    return list(islice(iter(loader), count))
+        count = max(1, int(length * count))
+    batches = _Batches(islice(iter(loader), count))
+    batches.allow_nan = getattr(loader, "allow_nan", False)
+    return batches

@@ -25,8 +25,8 @@ from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import Saver, load_weights, resolve, restore, save_interrupted
-from ._schedule import Schedule
+from ._resume import Saver, go_back, load_weights, resolve, restore, save_interrupted
+from ._schedule import Position, Schedule
 from ._signals import Interrupted, Signals
 from ._sources import Sources
 from ._stream import MetricStream, NoStream, Numbers
@@ -55,7 +55,7 @@ class Trainer(Facts):
       integer, or a float that is a fraction.
     - `overfit_batches`: train on the first so many batches, unshuffled, and validate on them.
     - `fast_dev_run`: run so many batches of everything (`True`: 1) and leave nothing behind.
-    - `reload_dataloaders_every_n_epochs`: ask the `DataModule` for a new training loader.
+    - `reload_dataloaders_every_n_epochs`: ask the `DataModule` for new loaders.
 
     **When what happens**
 
@@ -155,6 +155,7 @@ class Trainer(Facts):
         self._signals = Signals()
         self._saver = Saver()
         self._run = None  # type: ignore[assignment]
+        self._start, self._asked = Position(), {}
         self._stream: MetricStream = NoStream()
         self._schedule = Schedule(None)
         self._sources: Sources = None  # type: ignore[assignment]
@@ -208,16 +209,11 @@ class Trainer(Facts):
         source = TaskSource(task)
         self._begin_fit()
         with self._entered("fit", sources, source.task, resuming=checkpoint in ("last", "auto")):
-            train, val = setting_up.fit_loaders(self)
-            limits = self._arguments
-            feed = setting_up.make_feed(self, train, "training", limits.limit_train_batches)
-            self._val_feeds = setting_up.make_feeds(
-                self, val, "validation", limits.limit_val_batches
-            )
-            self._schedule = setting_up.make_schedule(limits, feed, bool(self._val_feeds))
+            path = None if checkpoint is None else go_back(self, checkpoint)
+            feed = setting_up.open_data(self)
             self._run = run = setting_up.build_fit(self, source, task, feed)
             self._stream = stream = setting_up.make_stream(self, run)
-            if checkpoint is None or restore(self, run, stream, checkpoint) is None:
+            if checkpoint is None or restore(self, run, stream, checkpoint, path) is None:
                 run.initialise()
             self._log_hyperparameters(source.task)
             self._bus.on_fit_start(self)
@@ -393,6 +389,7 @@ class Trainer(Facts):
     def _begin_fit(self) -> None:
         self.should_stop, self.stop_reason = False, None
         self._run = None  # type: ignore[assignment]
+        self._start = Position()
         self._callback_states = None
         self.callback_metrics, self.logged_metrics = {}, {}
 
@@ -411,11 +408,14 @@ class Trainer(Facts):
         self._bus.on_sanity_check_end(self)
 
     def _reload_data(self) -> None:
-        every, epoch = self._arguments.reload_dataloaders_every_n_epochs, self.current_epoch
-        if every and epoch and epoch % every == 0:
-            train, _ = setting_up.fit_loaders(self)
-            limit = self._arguments.limit_train_batches
-            self._run.feed = setting_up.make_feed(self, train, "training", limit)
+        every = self._arguments.reload_dataloaders_every_n_epochs
+        if every and self.current_epoch - self._asked["position"]["epoch"] >= every:
+            self._reopen_data()
+            self._run.compile(self._signals.poll)
+
+    def _reopen_data(self) -> None:
+        self._run.go_on_with(setting_up.open_data(self))
+        self._run.plan(self._schedule, self._bus.needs_state)
 
     @contextlib.contextmanager
     def _stage_of(self, stage: str) -> Iterator[None]:

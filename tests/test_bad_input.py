@@ -143,15 +143,15 @@ def test_leaves_whose_leading_axes_differ():
     assert says(error).startswith("The first validation batch has leaves whose leading axes differ")
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
-def test_a_first_batch_that_is_not_finite(bad, dtype):
+def test_nan_in_the_first_batch(dtype):
     x = BATCH["x"].astype(dtype)
-    x[2, 3] = bad
+    x[2, 3] = np.nan
     error = refused(ValueError, Classifier(), [{"deep": {"x": x}}])
     assert says(error) == (
-        f"The first training batch is not finite: `deep/x` holds {bad} at [2, 3]. Clean the data "
-        "before training on it."
+        "The first training batch holds NaN: `deep/x` has it at [2, 3]. Clean the data, or, if it "
+        "stands for values that the task leaves out, write `DataLoader(..., allow_nan=True)`, or "
+        "give your loader that attribute."
     )
 
 

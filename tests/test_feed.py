@@ -1,4 +1,4 @@
-"""From a loader to the devices: read ahead, checked, resumed; and whatever may be a loader."""
+"""From a loader to the devices: read ahead, checked, resumed."""
 
 import itertools
 import threading
@@ -8,69 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from feeds import Numbers, Stateful, StatefulIterator, Stops, batch_of, feed, values
 from tasks import Classifier, assert_same, quiet, rows
 
-from jaxlightning import Callback, DataLoader, DataModule
+from jaxlightning import DataLoader
 from jaxlightning.callbacks import ModelCheckpoint
-from jaxlightning.data import Feed
-from jaxlightning.parallel import Placement, make_mesh
-
-
-def batch_of(value, rows=2):
-    return {"x": np.full((rows, 1), value, np.float32)}
-
-
-def feed(loader, devices=1, **arguments):
-    placement = Placement(make_mesh(jax.devices()[:devices], None))
-    return Feed(loader, placement, name="training", **arguments)
-
-
-def values(batches):
-    """What each `batch_of` a number holds."""
-    return [float(batch.leaves[0][0, 0]) for batch in batches]
-
-
-class Numbers:
-    """An iterable of `count` batches, without a length; counts what it was asked for."""
-
-    def __init__(self, count):
-        self.count = count
-        self.iterations = self.read = 0
-
-    def __iter__(self):
-        self.iterations += 1
-        for i in range(self.count):
-            self.read += 1
-            yield batch_of(i)
-
-
-class Stateful(Numbers):
-    """As Grain has them: iterators with `get_state` and `set_state`."""
-
-    def __iter__(self):
-        self.iterations += 1
-        return StatefulIterator(self)
-
-
-class StatefulIterator:
-    def __init__(self, of, state=dict):
-        self.of, self.at = of, {"next": 0}
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        if self.at["next"] >= self.of.count:
-            raise StopIteration
-        self.of.read += 1
-        self.at["next"] += 1
-        return batch_of(self.at["next"] - 1)
-
-    def get_state(self):
-        return self.at
-
-    def set_state(self, state):
-        self.at = dict(state)
 
 
 class BytesIterator(StatefulIterator):
@@ -159,6 +101,18 @@ def test_the_thread_ends_when_the_epoch_is_left_early():
     next(batches)
     (thread,) = [t for t in threading.enumerate() if t.name == "jaxlightning-feed"]
     batches.close()
+    assert not thread.is_alive()  # so that it can't read while the next epoch does
+
+
+def test_a_thread_that_hangs_in_the_loader_hangs_nobody_else(monkeypatch):
+    monkeypatch.setattr("jaxlightning.data._feed._JOIN_S", 0.01)
+    loader = Waits()
+    batches = feed(loader).epoch(0)
+    next(batches)
+    (thread,) = [t for t in threading.enumerate() if t.name == "jaxlightning-feed"]
+    batches.close()
+    assert thread.is_alive()
+    loader.go.set()
     thread.join(30)
     assert not thread.is_alive()
 
@@ -195,60 +149,6 @@ def test_waiting_for_data_may_be_interrupted():
             list(feed(loader, poll=poll).epoch(0))
     finally:
         loader.go.set()
-
-
-# What may be a loader
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: [batch_of(i) for i in range(4)],
-        lambda: tuple(batch_of(i) for i in range(4)),
-        lambda: Numbers(4),
-        lambda: Stateful(4),
-        lambda: (batch_of(i) for i in range(4)),
-        lambda: StatefulIterator(Numbers(4)),
-        lambda: map(batch_of, range(4)),
-        lambda: DataLoader({"x": np.repeat(np.arange(4.0), 2)[:, None]}, 2),
-    ],
-    ids=["list", "tuple", "iterable", "stateful", "generator", "iterator", "map", "DataLoader"],
-)
-def test_any_iterable_gives_all_its_batches_once(make):
-    marked = list(feed(make()).marked(0))
-    assert values(batch for batch, _ in marked) == [0, 1, 2, 3]
-    assert [last for _, last in marked] == [False, False, False, True]
-
-
-def test_an_iterable_is_iterated_anew_each_epoch_and_a_generator_goes_on():
-    again = feed(Numbers(5), limit=3)
-    assert [values(again.epoch(epoch)) for epoch in range(2)] == [[0, 1, 2], [0, 1, 2]]
-    once = feed((batch_of(i) for i in range(9)), limit=3)
-    assert [values(once.epoch(epoch)) for epoch in range(2)] == [[0, 1, 2], [3, 4, 5]]
-
-
-def test_a_streaming_dataset_of_hugging_face():
-    datasets = pytest.importorskip("datasets")
-    columns = {"x": [[float(i)] for i in range(5)]}
-    stream = datasets.Dataset.from_dict(columns).to_iterable_dataset()
-    found = list(feed(stream.with_format("numpy").batch(2)).epoch(0))
-    assert values(found) == [0, 2, 4]
-    assert [batch.shapes for batch in found] == [((2, 1),), ((2, 1),), ((1, 1),)]
-
-
-@pytest.mark.parametrize(
-    ("length", "limit", "expected"),
-    [(7, 1.0, 7), (7, 3, 3), (7, 9, 9 - 2), (7, 0.5, 3), (7, 0.01, 1), (7, 0, 0), (7, 0.0, 0)],
-)
-def test_limits(length, limit, expected):
-    assert feed([batch_of(i) for i in range(length)], limit=limit).length == expected
-
-
-def test_a_fraction_of_an_unknown_length():
-    assert feed(Numbers(3), limit=2).length == 2
-    assert feed(Numbers(3), limit=1.0).length is None
-    with pytest.raises(ValueError, match=r"has no length, so 0\.5 of it is unknown\. Limit it wi"):
-        feed(Numbers(3), limit=0.5)
 
 
 # Announced shapes
@@ -310,6 +210,16 @@ def test_a_length_that_is_not_true_is_noticed():
 
     with pytest.raises(ValueError, match=r"says that it has 5 batches \(`__len__`\), but gave 3"):
         list(feed(Boasts(3)).marked(0))
+
+
+def test_more_batches_than_the_length_says_are_not_taken():
+    class Modest(Numbers):
+        def __len__(self):
+            return self.count - 2
+
+    marked = list(feed(Modest(5)).marked(0))
+    assert values(batch for batch, _ in marked) == [0, 1, 2]
+    assert [last for _, last in marked] == [False, False, True]
 
 
 # Going on in the middle
@@ -378,15 +288,6 @@ class RowsOf(StatefulIterator):
         return self.of.rows[int(super().__next__()["x"][0, 0])]
 
 
-class Stops(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise InterruptedError("as asked")
-
-
 @pytest.mark.parametrize("stateful", [True, False])
 def test_a_fit_on_an_iterable_resumes_exactly(tmp_path, stateful):
     """With a length that nobody knows, so that the loop reads one batch ahead."""
@@ -406,45 +307,3 @@ def test_a_fit_on_an_iterable_resumes_exactly(tmp_path, stateful):
         assert_same(fit(resume="auto"), whole)
     told = [str(w.message) for w in caught if "thrown away" in str(w.message)]
     assert len(told) == (0 if stateful else 1)
-
-
-# Data modules
-
-
-def test_a_data_module_with_several_validation_loaders():
-    told: list = []
-
-    class Several(DataModule):
-        def prepare_data(self):
-            told.append("prepare_data")
-
-        def setup(self, stage):
-            told.append(f"setup {stage}")
-
-        def train_dataloader(self):
-            return DataLoader(rows(16), 8)
-
-        def val_dataloader(self):
-            return {"seen": DataLoader(rows(16), 8), "unseen": DataLoader(rows(9, seed=5), 4)}
-
-        def teardown(self, stage):
-            told.append(f"teardown {stage}")
-
-    numbers: list = []
-
-    class Watches(Callback):
-        def on_validation_batch_end(self, trainer, outputs, batch, batch_idx, dataloader_idx):
-            numbers.append((dataloader_idx, batch_idx))
-
-    module, trainer = Several(), quiet(max_epochs=1, callbacks=Watches())
-    trained = trainer.fit(Classifier(), module)
-    assert told == ["prepare_data", "setup fit", "teardown fit"]
-    assert numbers == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-    assert trainer.num_val_batches == [2, 3]
-    alone = quiet().validate(trained, DataLoader(rows(9, seed=5), 9))
-    assert trainer.callback_metrics["val/unseen/loss"] == pytest.approx(alone["val/loss"], abs=1e-6)
-
-
-def test_a_generator_for_validation_is_refused():
-    with pytest.raises(TypeError, match=r"The validation data is a `generator`, which gives its"):
-        quiet(max_epochs=1).fit(Classifier(), DataLoader(rows(), 8), (b for b in [rows(4)]))

@@ -309,5 +309,7 @@ def test_a_source_may_have_a_fingerprint_of_its_own():
 
 def test_unshuffled_is_the_same_loader_in_the_sources_order():
     double = lambda batch: {"x": 2 * batch["x"]}
-    loader = DataLoader(numbered(7), 3, shuffle=True, seed=4, drop_last=True, transform=double)
+    options = {"drop_last": True, "transform": double, "allow_nan": True}
+    loader = DataLoader(numbered(7), 3, shuffle=True, seed=4, **options)
+    assert loader.unshuffled().allow_nan
     assert taken(loader.unshuffled()) == [[0, 2, 4], [6, 8, 10]]

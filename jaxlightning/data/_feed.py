@@ -34,12 +34,16 @@ class DeviceBatch(NamedTuple):
 class Feed:
     """A loader as the loop sees it: epochs of `DeviceBatch`es, and what they look like.
 
-    Reads the first batch at construction, to learn and check its shapes.
+    Reads the first batch at construction, to learn and check its shapes. An epoch has as many
+    batches as the loader's `__len__` says: more that it would give are not taken, fewer are an
+    error.
 
     **Arguments:**
 
     - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or any iterable, of
       which an iterator with `get_state` and `set_state` resumes at once, others by replaying.
+      Leaves of batches may be whatever knows `__array__`, such as torch's tensors on the CPU.
+      With an attribute `allow_nan` that is true its first batch may hold NaN.
     - `limit`: batches in an epoch at most: an integer, or a fraction of the loader's length.
     - `poll`: called while waiting for data; may raise.
     """
@@ -54,7 +58,7 @@ class Feed:
         prefetch: int = 2,
         poll: Callable[[], None] = lambda: None,
     ):
-        if not isinstance(loader, Iterable) and not hasattr(loader, "batches"):
+        if not isinstance(loader, Iterable) and not has_batches(loader):
             raise TypeError(
                 f"The {name} data is a `{type(loader).__name__}`, which is no loader. Pass a "
                 "`DataLoader`, a `DataModule`, or any iterable of batches."
@@ -66,7 +70,7 @@ class Feed:
         self._poll = poll
         self._opened: Iterator[PyTree] | None = None
         self._taken, self._restored = 0, None
-        length = len(loader) if hasattr(loader, "__len__") else None
+        length = known_length(loader)
         self.counted = length is not None
         """Whether the loader knows its length."""
         self.length = _limited(length, limit, name)
@@ -74,7 +78,8 @@ class Feed:
         first = self._first()
         check_leading_axes(first, f"The first {name} batch")
         _check_rows(first, name)
-        _check_finite(first, name)
+        if not getattr(loader, "allow_nan", False):
+            _refuse_nan(first, name)
         self.structure: Any = jax.tree.structure(first)
         self.spec = abstract(first)
         self._depth = _depth(self.spec, prefetch)
@@ -95,7 +100,7 @@ class Feed:
         )
 
     def _raw(self, epoch: int, start: int) -> Iterator[PyTree]:
-        if hasattr(self.loader, "batches"):
+        if has_batches(self.loader):
             return self.loader.batches(epoch, start)
         opened: Any = self._opened or iter(self.loader)
         skipped = self._taken if is_one_pass(self.loader) else start
@@ -138,6 +143,7 @@ class Feed:
                 f"A {self.name} batch has the structure {structure}, but the first one had "
                 f"{self.structure}. All batches have to be alike."
             )
+        leaves = list(map(_own_array, leaves))
         shapes = tuple(map(np.shape, leaves))
         if shapes not in self._checked_shapes:
             check_leading_axes(batch, f"A {self.name} batch")
@@ -208,9 +214,30 @@ class Feed:
         return found | {"length": self.length, "batch": spec}
 
 
+def has_batches(loader: Any) -> bool:
+    """Whether `loader` can be entered anywhere: it has a method `batches(epoch, start)`."""
+    return callable(getattr(loader, "batches", None))
+
+
 def is_one_pass(loader: Any) -> bool:
     """Whether `loader` gives its batches once, as generators do."""
-    return not hasattr(loader, "batches") and isinstance(loader, Iterator)
+    return not has_batches(loader) and isinstance(loader, Iterator)
+
+
+def known_length(loader: Any) -> int | None:
+    """`None` also where `__len__` itself does not know: that of torch's `DataLoader` over a
+    stream raises."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _own_array(leaf: Any) -> Any:
+    """An array of another library as numpy's. A copy, since nobody could forbid to write to it."""
+    if isinstance(leaf, np.ndarray | jax.Array) or not hasattr(leaf, "__array__"):
+        return leaf
+    return np.asarray(leaf).copy()
 
 
 def _has_state(iterator: Any) -> bool:
@@ -248,19 +275,22 @@ def _check_rows(batch: PyTree, name: str) -> None:
             )
 
 
-def _check_finite(batch: PyTree, name: str) -> None:
+def _refuse_nan(batch: PyTree, name: str) -> None:
+    # Infinities may be meant: attention biases hold them.
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         array = np.asarray(leaf)
-        if jax.dtypes.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            where = np.argwhere(~np.isfinite(array))[0].tolist()
+        if jax.dtypes.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
+            where = np.argwhere(np.isnan(array))[0].tolist()
             raise ValueError(
-                f"The first {name} batch is not finite: `{leaf_path(path)}` holds "
-                f"{array[tuple(where)]} at {where}. Clean the data before training on it."
+                f"The first {name} batch holds NaN: `{leaf_path(path)}` has it at {where}. Clean "
+                "the data, or, if it stands for values that the task leaves out, write "
+                "`DataLoader(..., allow_nan=True)`, or give your loader that attribute."
             )
 
 
 _END = object()
 _MOST_AHEAD = 16
+_JOIN_S = 1.0
 
 
 class _Failure(NamedTuple):
@@ -276,6 +306,7 @@ class _ReadAhead:
         self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._room.put(depth)
+        self._closed = False
         # Room is given back by halves: a change of threads costs more than reading a small batch.
         self._share = max(depth // 2, 1)
         self._thread = threading.Thread(
@@ -287,6 +318,8 @@ class _ReadAhead:
         try:
             while room := self._room.get():
                 for _ in range(room):
+                    if self._closed:
+                        return
                     item = next(items, _END)
                     self._ready.put(item)
                     if item is _END:
@@ -323,5 +356,9 @@ class _ReadAhead:
             return item
 
     def close(self) -> None:
-        """Lets the thread end after what it has room for."""
+        """Ends the thread, so that nobody else reads the loader. Where it hangs in the loader, it
+        ends after that."""
+        self._closed = True
         self._room.put(0)
+        if self._thread is not threading.current_thread():  # as garbage, it may be
+            self._thread.join(_JOIN_S)

@@ -32,6 +32,7 @@ class DataLoader:
     - `drop_last`: whether to leave out the last, smaller batch of an epoch. By default it is
       announced to the Trainer, which compiles a program for it.
     - `transform`: a function from batch to batch, run in the Trainer's prefetch thread.
+    - `allow_nan`: whether NaN in the first batch is meant and no error.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DataLoader:
         seed: int = 0,
         drop_last: bool = False,
         transform: Callable[[PyTree], PyTree] | None = None,
+        allow_nan: bool = False,
     ):
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"`batch_size={batch_size!r}` has to be a positive integer.")
@@ -54,6 +56,7 @@ class DataLoader:
         self.seed = seed
         self.drop_last = drop_last
         self.transform = transform
+        self.allow_nan = allow_nan
         self._rows, self._read = _reader(source)
         if self._rows == 0:
             raise ValueError("The `source` of this `DataLoader` is empty: it has no rows.")
@@ -122,6 +125,7 @@ class DataLoader:
             seed=self.seed,
             drop_last=self.drop_last,
             transform=self.transform,
+            allow_nan=self.allow_nan,
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -250,7 +254,10 @@ class DataModule:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of a run that is gone on with: after `setup`, first with the state in which its loaders
+        were asked for, before they are asked for again; then, if it was another when the
+        checkpoint was taken, with that."""
 
     def on_exception(self, exception: BaseException) -> None: ...
 
