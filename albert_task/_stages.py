@@ -242,6 +242,9 @@ def _trained_tokenizer(
     made_of.unlink(missing_ok=True)
     with stage("Tokenizer", -(-documents // every), "document") as bar:
         tokenizer = _train(source, vocab_size, every, bar)
+    pieces = tokenizer.get_vocab_size()
+    if pieces < vocab_size:
+        print(f"The text suffices for a tokenizer of {pieces} pieces, not of {vocab_size}.")
     tokenizer.save(str(path))
     write_json(made_of, wanted)
     return tokenizer

@@ -291,6 +291,7 @@ def refuse_unknown(unknown: Mapping[str, Any]) -> None:
     name = next(iter(unknown))
     elsewhere = {
         "accelerator": "JAX picks its platform itself: set the variable `JAX_PLATFORMS`",
+        "gpus": "write `devices=`",
         "num_nodes": "processes are those of `jax.distributed`",
         "benchmark": "XLA tunes its kernels itself",
         "inference_mode": "evaluation never computes gradients",

@@ -20,6 +20,13 @@ def traced(task: TaskModule, method: str, batch: PyTree) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, AttributeError) and isinstance(error.obj, TaskModule):
+            for names, advice in _ELSEWHERE.items():
+                if error.name in names.split():
+                    raise AttributeError(
+                        f"{name} uses `self.{error.name}`, but a task is pure and has none. "
+                        f"{advice}"
+                    ) from error
         absent = isinstance(error, KeyError) and isinstance(batch, dict) and error.args
         if not absent or error.args[0] in batch:
             error.add_note(f"Raised while {name} was traced, before any compute.")
@@ -29,6 +36,14 @@ def traced(task: TaskModule, method: str, batch: PyTree) -> Iterator[None]:
             f"{name} looked up `{wanted}`, which its batch does not have: its keys are {keys}."
             f"{nearest(str(wanted), keys)}"
         ) from error
+
+
+_ELSEWHERE = {
+    "log log_dict": 'Return what is to be logged: `return loss, {"accuracy": ...}`.',
+    "trainer current_epoch global_step logger": "A `Callback` gets the trainer in every hook.",
+    "device dtype": "Arrays are where they have to be, in the dtypes of `precision`.",
+}
+"""What a LightningModule has and a task has not."""
 
 
 def _check_signature(task: TaskModule, method: str) -> None:

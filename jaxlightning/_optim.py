@@ -73,12 +73,15 @@ def _check_fields(params: PyTree, names: set[str]) -> None:
 def task_optimizer(task: TaskModule) -> optax.GradientTransformationExtraArgs:
     """`task.configure_optimizers()` as one transformation."""
     configured = task.configure_optimizers()
+    parts = configured if isinstance(configured, dict) else {"": configured}
+    for name, part in parts.items():
+        if not (hasattr(part, "init") and hasattr(part, "update")):
+            raise TypeError(
+                f"`{type(task).__name__}.configure_optimizers` returned a "
+                f"`{type(part).__name__}`{f' as `{name}`' if name else ''}. Return an optax "
+                "transformation such as `optax.adamw(1e-3)`, or a dict from field names to "
+                "transformations. Schedules are callbacks: `LearningRateSchedule`."
+            )
     if isinstance(configured, dict):
         configured = per_field(configured)
-    if not (hasattr(configured, "init") and hasattr(configured, "update")):
-        raise TypeError(
-            f"`{type(task).__name__}.configure_optimizers` returned a "
-            f"`{type(configured).__name__}`. Return an optax transformation such as "
-            "`optax.adamw(1e-3)`, or a dict from field names to transformations."
-        )
     return optax.with_extra_args_support(configured)

@@ -51,6 +51,11 @@ def read_outputs(outputs: Any, method: str) -> Outputs:
     if isinstance(loss, dict):
         if not loss:
             raise ValueError(f"`{method}` returned an empty dict as its loss.")
+        if "loss" in loss:
+            raise ValueError(
+                f'`{method}` returned a dict with a "loss". Here every entry of such a dict is a '
+                'loss that is minimised. Write `return loss, {"accuracy": ...}`, or rename it.'
+            )
         terms = {name: _loss_term(value, method, f'["{name}"]') for name, value in loss.items()}
         logged: dict[str, Metric] = {"loss": TotalLoss(terms), **terms}
     else:

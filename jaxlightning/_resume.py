@@ -261,6 +261,7 @@ def restore(
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     for logger in trainer.loggers:
         logger.resume(run.position.step)
+    _say(f"Going on from step {run.position.step}, `{path}`.")
     return path
 
 

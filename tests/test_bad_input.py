@@ -193,6 +193,7 @@ X = lambda batch: batch["x"].sum(1)
         (lambda b: (1.0,), ValueError, "returned a tuple of 1. Return `loss`, `(loss, metrics)`"),
         (lambda b: (1.0, X(b).sum()), TypeError, "Return a dict from names to metrics, such as `{"),
         (lambda b: (1.0, {"m": X(b)}), ValueError, 'The metric "m" of `Stepped.training_step` is'),
+        (lambda b: {"loss": 1.0, "acc": 1.0}, ValueError, 'Write `return loss, {"accuracy": ...}`'),
         (lambda b: (1.0, {"loss": 1.0}), ValueError, 'a metric named "loss", which is the name of'),
         (lambda b: (1.0, {}, 3), TypeError, "The third thing `Stepped.training_step` returned"),
     ],
@@ -210,6 +211,23 @@ def test_the_loss_of_a_validation_step():
 
     error = refused(ValueError, Validated(), None, DataLoader(BATCH, 4))
     assert "The loss that `Validated.validation_step` returned has shape (4,)" in says(error)
+
+
+def test_what_a_lightning_module_has_and_a_task_has_not():
+    class Logs(Classifier):
+        def training_step(self, batch, *, key):
+            self.log("accuracy", 1.0)
+
+    assert says(refused(AttributeError, Logs())) == (
+        "`Logs.training_step` uses `self.log`, but a task is pure and has none. Return what is to "
+        'be logged: `return loss, {"accuracy": ...}`.'
+    )
+
+    class Schedules(Classifier):
+        def configure_optimizers(self):
+            return {"optimizer": optax.sgd(0.1), "lr_scheduler": None}
+
+    assert "returned a `NoneType` as `lr_scheduler`." in says(refused(TypeError, Schedules()))
 
 
 def test_a_step_written_for_another_framework():
