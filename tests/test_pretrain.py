@@ -195,7 +195,10 @@ def test_the_same_command_again_says_that_it_is_done(whole, text, capsys, monkey
 # Cut short
 
 
-@pytest.mark.parametrize(("signal", "code", "step"), [("SIGINT", 130, 13), ("SIGTERM", 143, 20)])
+@pytest.mark.parametrize(
+    ("signal", "code", "step"),
+    [("SIGINT", 130, 13), pytest.param("SIGTERM", 143, 20, marks=pytest.mark.slow)],
+)
 def test_an_interrupted_run_goes_on_to_the_same_result(whole, text, tmp_path, signal, code, step):
     out = tmp_path / "run"
     cut = command(text, out, strike=(signal, step))
@@ -238,6 +241,7 @@ def test_a_second_run_in_a_folder_is_refused_at_once(text, tmp_path):
 # Options
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_improving_is_over_until_it_gets_more_patience(text, tmp_path, capsys):
     given = dict(lr=3.0, clip=0, warmup=0, eval_interval=2, log_interval=2, steps=20)
     out = tmp_path / "run"
