@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -219,6 +220,17 @@ class AlbertForMaskedLM(TaskModule):
             "top_k": self.top_k,
             "special": self.special._asdict(),
         }
+
+    @classmethod
+    def from_hyperparameters(
+        cls, hyperparameters: Mapping[str, Any], key: PRNGKeyArray
+    ) -> AlbertForMaskedLM:
+        of_config = {field.name for field in dataclasses.fields(AlbertConfig)}
+        config = AlbertConfig(**{k: v for k, v in hyperparameters.items() if k in of_config})
+        options = {k: v for k, v in hyperparameters.items() if k not in of_config}
+        if isinstance(options.get("special"), Mapping):
+            options["special"] = SpecialIds(**options["special"])
+        return cls.init(config, key, **options)
 
     def hidden(
         self, rows: Rows, key: PRNGKeyArray | None = None

@@ -6,6 +6,7 @@ task = Trainer(max_epochs=3).fit(task, DataLoader(arrays, batch_size=32, shuffle
 from ._callback import Callback as Callback
 from ._callback import Checkpoint as Checkpoint
 from ._callback import InsideStep as InsideStep
+from ._checkpoint import export_weights as export_weights
 from ._classification import F1 as F1
 from ._classification import Accuracy as Accuracy
 from ._classification import ConfusionMatrix as ConfusionMatrix
@@ -21,11 +22,12 @@ from ._metrics import Min as Min
 from ._metrics import Sum as Sum
 from ._precision import Precision as Precision
 from ._program import RecompilationWarning as RecompilationWarning
-from ._resume import load_weights as load_weights
 from ._state import TrainState as TrainState
 from ._task import TaskModule as TaskModule
 from ._task import buffer as buffer
 from ._trainer import Trainer as Trainer
+from ._weights import load_weights as load_weights
+from ._weights import warm_start as warm_start
 from .data import DataLoader as DataLoader
 from .data import DataModule as DataModule
 

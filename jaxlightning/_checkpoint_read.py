@@ -294,10 +294,10 @@ def differences(manifest: Manifest, wanted: Sequence[tuple[str, Any]]) -> list[s
 def _described(spec: Any) -> str:
     if not jax.dtypes.issubdtype(spec.dtype, jax.dtypes.prng_key):
         return describe(spec.dtype.name, spec.shape, None)
-    return describe("uint32", (*spec.shape, 0), _key_implementation(spec))
+    return describe("uint32", (*spec.shape, 0), key_implementation(spec))
 
 
-def _key_implementation(spec: jax.Array | jax.ShapeDtypeStruct) -> str:
+def key_implementation(spec: jax.Array | jax.ShapeDtypeStruct) -> str:
     found: list[str] = []
     # `key_impl` takes arrays and tracers, and a struct is neither.
     jax.eval_shape(lambda key: found.append(str(jax.random.key_impl(key))), spec)

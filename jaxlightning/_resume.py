@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +13,13 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint import CheckpointStore, find_checkpoints, restore_latest
-from ._checkpoint_read import load_arrays, read_checkpoint, read_metadata
+from ._checkpoint_read import read_checkpoint, read_metadata
+from ._say import say
 from ._schedule import Position
 from ._stream import MetricStream
-from ._task import TaskModule
-from .parallel import leaf_path
 
 if TYPE_CHECKING:
     from ._fit import FitRun
@@ -261,7 +258,7 @@ def restore(
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     for logger in trainer.loggers:
         logger.resume(run.position.step)
-    _say(f"Going on from step {run.position.step}, `{path}`.")
+    say(f"Going on from step {run.position.step}, `{path}`.")
     return path
 
 
@@ -293,43 +290,6 @@ def _as_json(values: Any) -> Any:
     return values
 
 
-def load_weights(path: str | os.PathLike[str], task: TaskModule) -> TaskModule:
-    """`task` with the arrays of a checkpoint, of a whole run or of weights only, in the task's
-    dtypes. Where the run evaluated other parameters than it trained, an average, it has those.
-
-    **Raises:** `ValueError` that lists what is missing and what has another shape.
-    """
-    arrays = load_arrays(path, include=r"^task/")
-    if evaluated := read_metadata(path).get("evaluated"):
-        averages = load_arrays(path, include=f"^{re.escape(evaluated)}/")
-        arrays |= {f"task{name.removeprefix(evaluated)}": x for name, x in averages.items()}
-    found, structure = jax.tree_util.tree_flatten_with_path(task)
-    leaves, wrong = [], []
-    for keys, leaf in found:
-        name = f"task/{leaf_path(keys)}"
-        if not eqx.is_array(leaf):
-            leaves.append(leaf)
-        elif name not in arrays:
-            wrong.append(f"  {name}: missing")
-        else:
-            loaded = _like(arrays[name], leaf)
-            if loaded.shape != leaf.shape:
-                wrong.append(f"  {name}: {loaded.shape} in the checkpoint, {leaf.shape} here")
-            leaves.append(loaded)
-    if wrong:
-        raise ValueError(
-            f"The checkpoint `{path}` does not fit `{type(task).__name__}`:\n" + "\n".join(wrong)
-        )
-    return jax.tree.unflatten(structure, leaves)
-
-
-def _like(array: np.ndarray, leaf: Any) -> jax.Array:
-    """An array of a checkpoint as a leaf of the dtype of `leaf`, which may be keys."""
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
-    return jnp.asarray(array, leaf.dtype)
-
-
 def newest_version(save_dir: str, name: str) -> int | None:
     """The number of the newest run under a logger's folder that has checkpoints."""
     folder = Path(save_dir) / name
@@ -350,17 +310,13 @@ def save_interrupted(trainer: Trainer, signal_name: str) -> None:
         return
     step = trainer.global_step
     if not trainer._arguments.enable_checkpointing:
-        _say(f"{signal_name} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
+        say(f"{signal_name} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
         return
     path = checkpoint_folder(trainer) / f"interrupted-step_{step:010d}"
     trainer._saver.request(path, False)
     trainer._saver.save(trainer)
     trainer._saver.wait()
-    _say(
+    say(
         f"{signal_name}: saved step {step} to `{path}`. To go on, run the same command with "
         f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
     )
-
-
-def _say(message: str) -> None:
-    print(f"\n{message}", file=sys.stderr, flush=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import equinox as eqx
 import jax
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from ._state import TrainState
 
 _BUFFER = "jaxlightning_buffer"
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def buffer(**kwargs: Any) -> Any:
@@ -152,7 +155,7 @@ class TaskModule(eqx.Module):
 
     def hyperparameters(self) -> dict[str, Any]:
         """What is logged and stored as hyper-parameters: by default the static fields whose
-        values JSON can hold."""
+        values JSON can hold. See `from_hyperparameters`."""
         found = {}
         for field in dataclasses.fields(self):
             if field.metadata.get("static"):
@@ -162,6 +165,62 @@ class TaskModule(eqx.Module):
                 if _is_json(value):
                     found[field.name] = value
         return found
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any], key: PRNGKeyArray) -> Self:
+        """The task that `hyperparameters()` describes, newly initialised.
+
+        By default the class is called with those hyper-parameters that it takes, and with `key`
+        if it takes that. Override both methods together where a task is made in another way.
+
+        **Raises:** `TypeError` where the class has to be called with more.
+        """
+        takes = inspect.signature(cls).parameters.values()
+        any_name = any(p.kind is p.VAR_KEYWORD for p in takes)
+        known = {p.name for p in takes}
+        given = {k: v for k, v in hyperparameters.items() if any_name or k in known}
+        given |= {"key": key} if "key" in known else {}
+        absent = [
+            p.name
+            for p in takes
+            if p.default is p.empty and p.name not in given and p.kind not in _ANY_NUMBER
+        ]
+        if absent:
+            raise TypeError(
+                f"`{cls.__name__}` can't be made of its hyper-parameters {sorted(hyperparameters)}"
+                f" alone, since it has to be called with `{absent[0]}`. Say how it is made: "
+                f"`{cls.__name__}.load_from_checkpoint(path, make=lambda hyperparameters, key: "
+                f"{cls.__name__}(...))`, or override `from_hyperparameters`."
+            )
+        return cls(**given)
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        make: Callable[[dict[str, Any], PRNGKeyArray], Self] | None = None,
+        **changed: Any,
+    ) -> Self:
+        """The trained task out of a checkpoint, of a whole run or of weights only.
+
+            task = Classifier.load_from_checkpoint("runs/a/checkpoints/step_0000001000")
+
+        Its structure comes from the stored hyper-parameters. The initialiser is traced for that,
+        once and without computing anything; all arrays come from the checkpoint. Where the run
+        evaluated an average of its parameters, the task has that.
+
+        **Arguments:**
+
+        - `make`: a function of the hyper-parameters and a key, in place of `from_hyperparameters`.
+        - `changed`: hyper-parameters that replace stored ones, or add to them.
+
+        **Raises:** `ValueError` for the checkpoint of another class (what a checkpoint names is
+        never imported), and where arrays or numbers of the task differ.
+        """
+        from ._weights import load_from_checkpoint
+
+        return load_from_checkpoint(cls, path, make or cls.from_hyperparameters, changed)
 
 
 def _is_json(value: Any) -> bool:

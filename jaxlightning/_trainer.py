@@ -25,12 +25,13 @@ from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import Saver, go_back, load_weights, resolve, restore, save_interrupted
+from ._resume import Saver, go_back, resolve, restore, save_interrupted
 from ._schedule import Position, Schedule
 from ._signals import Interrupted, Signals
 from ._sources import Sources
 from ._stream import MetricStream, NoStream, Numbers
 from ._task import TaskModule
+from ._weights import load_weights
 from .data import DataModule, Feed
 from .parallel import Placement, make_mesh, pick_devices, strategy_rules
 
