@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ._callback import Callback
     from ._state import TrainState
 
+_T = TypeVar("_T", bound="TaskModule")
 _BUFFER = "jaxlightning_buffer"
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -167,7 +168,9 @@ class TaskModule(eqx.Module):
         return found
 
     @classmethod
-    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any], key: PRNGKeyArray) -> Self:
+    def from_hyperparameters(
+        cls: type[_T], hyperparameters: Mapping[str, Any], key: PRNGKeyArray
+    ) -> _T:
         """The task that `hyperparameters()` describes, newly initialised.
 
         By default the class is called with those hyper-parameters that it takes, and with `key`
@@ -196,12 +199,12 @@ class TaskModule(eqx.Module):
 
     @classmethod
     def load_from_checkpoint(
-        cls,
+        cls: type[_T],
         path: str | os.PathLike[str],
         *,
-        make: Callable[[dict[str, Any], PRNGKeyArray], Self] | None = None,
+        make: Callable[[dict[str, Any], PRNGKeyArray], _T] | None = None,
         **changed: Any,
-    ) -> Self:
+    ) -> _T:
         """The trained task out of a checkpoint, of a whole run or of weights only.
 
             task = Classifier.load_from_checkpoint("runs/a/checkpoints/step_0000001000")

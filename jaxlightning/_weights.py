@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,7 +112,7 @@ def load_from_checkpoint(
             "arrays on purpose: `warm_start(path, task)`."
         )
     hyperparameters = {**_tuples(manifest.metadata["hyperparameters"]), **changed}
-    task = TaskSource(lambda key: make(hyperparameters, key)).task
+    task: Any = TaskSource(lambda key: make(hyperparameters, key)).task
     stored = manifest.scalars
     scalars = {f"task/{name}": leaf for name, leaf in named_leaves(task) if is_scalar(leaf)}
     wrong = [
@@ -125,7 +125,8 @@ def load_from_checkpoint(
             f"The checkpoint `{path}` is of a `{kind.__name__}` with other numbers:{_listed(wrong)}"
             f"\nSay what differs: `{kind.__name__}.load_from_checkpoint(path, name=value)`."
         )
-    return load_weights(path, task)
+    loaded: _T = load_weights(path, task)
+    return loaded
 
 
 def stored_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -216,7 +217,7 @@ def _report(
         for name, leaf in leaves.items()
         if name in fitting and "key<" not in str(leaf.dtype) and fitting[name].dtype != leaf.dtype
     ]
-    parts = {
+    parts: dict[str, Collection[Any]] = {
         "taken": fitting,
         "cast": cast,
         "with no place in the task": taken.keys() - fitting.keys(),
