@@ -33,12 +33,13 @@ from ._checkpoint_files import (
     RunLocked,
     check_writable,
     discard,
+    identity,
     lock_if_free,
     publish,
     set_aside,
     sweep,
 )
-from ._checkpoint_manifest import NAME, plain
+from ._checkpoint_manifest import NAME, Manifest, plain
 from ._checkpoint_read import (
     CheckpointMismatch,
     load_arrays,
@@ -47,7 +48,7 @@ from ._checkpoint_read import (
     read_metadata,
     verify_checkpoint,
 )
-from ._checkpoint_save import Save, SaveFailed, export_weights
+from ._checkpoint_save import Save, SaveFailed, export_weights, let_saves_end
 
 __all__ = [
     "CheckpointDamaged",
@@ -61,6 +62,7 @@ __all__ = [
     "check_writable",
     "export_weights",
     "find_checkpoints",
+    "latest_checkpoint",
     "load_arrays",
     "read_checkpoint",
     "read_metadata",
@@ -74,6 +76,7 @@ class Entry(NamedTuple):
 
     path: Path
     step: int
+    serial: int
     saved_at: str
     metadata: Mapping[str, Any]
 
@@ -88,7 +91,8 @@ class Restored(NamedTuple):
 
 
 def find_checkpoints(root: str | os.PathLike[str]) -> list[Entry]:
-    """The committed checkpoints in a folder, by step, and the later saved last of the same step.
+    """The committed checkpoints in a folder, by step, and the later saved last of the same step,
+    whatever the clock said.
 
     A folder without a `COMMIT` that matches is none. The arrays are not read.
     """
@@ -99,19 +103,21 @@ def _sorted_out(root: Path) -> tuple[list[Entry], dict[Path, str]]:
     """The checkpoints in `root`, and those that are damaged, with the reason."""
     entries, damaged = [], {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if not looks_like_checkpoint(path):
-            continue
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError as error:
-            if not path.exists():  # deleted meanwhile, by the run that writes here
-                continue
-            if not isinstance(error, CheckpointDamaged):
-                raise
-            damaged[path] = str(error)
-        else:
-            entries.append(Entry(path, manifest.step, manifest.saved_at, manifest.metadata))
-    return sorted(entries, key=lambda entry: (entry.step, entry.saved_at)), damaged
+        while looks_like_checkpoint(path):
+            folder = identity(path)
+            try:
+                manifest = read_manifest(path)
+            except CheckpointError as error:
+                if identity(path) != folder:  # deleted or replaced meanwhile, by a run
+                    continue
+                if not isinstance(error, CheckpointDamaged):
+                    raise
+                damaged[path] = str(error)
+            else:
+                about = (manifest.step, manifest.serial, manifest.saved_at, manifest.metadata)
+                entries.append(Entry(path, *about))
+            break
+    return sorted(entries, key=lambda entry: (entry.step, entry.serial, entry.saved_at)), damaged
 
 
 def looks_like_checkpoint(path: Path) -> bool:
@@ -135,32 +141,65 @@ def restore_latest(root: str | os.PathLike[str], like: PyTree) -> Restored | Non
     root = Path(root).absolute()
     if not root.is_dir():
         return None
+    let_saves_end(root)
     with lock_if_free(root) as ours:
         if ours:
             _recover(root)
     entries, damaged = _sorted_out(root)
     for entry in reversed(entries):
+        folder = identity(entry.path)
         try:
             tree, metadata = read_checkpoint(entry.path, like)
         except CheckpointError as error:
-            if not entry.path.exists():  # deleted meanwhile, by the run that writes here
+            if identity(entry.path) != folder:  # deleted or replaced meanwhile, by a run
                 return restore_latest(root, like)
             if not isinstance(error, CheckpointDamaged):
                 raise
             damaged[entry.path] = str(error)
             continue
         if damaged:
-            with lock_if_free(root) as ours:
-                hidden = [set_aside(path) for path in damaged] if ours else []
-            warnings.warn(_damage_report(damaged, hidden, entry.path), stacklevel=2)
+            _report(root, damaged, entry.path)
         return Restored(tree, metadata, entry.path)
+    _refuse_all_damaged(root, damaged)
+    return None
+
+
+def latest_checkpoint(root: str | os.PathLike[str]) -> Entry | None:
+    """As `restore_latest` finds it, with the same report, but by its manifest: arrays are not
+    read, and so not verified."""
+    root = Path(root).absolute()
+    entries, damaged = _sorted_out(root)
+    if not entries:
+        _refuse_all_damaged(root, damaged)
+        return None
+    if damaged:
+        _report(root, damaged, entries[-1].path)
+    return entries[-1]
+
+
+def _refuse_all_damaged(root: Path, damaged: dict[Path, str]) -> None:
     damaged |= {path: f"`{path}` was set aside before." for path in root.glob(f"{DAMAGED}*")}
     if damaged:
         raise CheckpointDamaged(
             f"All checkpoints in `{root}` are damaged, and to begin anew without a word would "
             f"lose the run:{_reasons(damaged)}\nMove them away or delete them to start afresh."
         )
-    return None
+
+
+def _report(root: Path, damaged: Mapping[Path, str], used: Path) -> None:
+    """Sets damaged checkpoints aside, if nobody else may be writing here, and warns of them."""
+    with lock_if_free(root) as ours:
+        # It may have been replaced since by a run that has ended meanwhile.
+        hidden = [set_aside(path) for path in damaged if ours and _is_damaged(path)]
+    warnings.warn(_damage_report(damaged, hidden, used), stacklevel=3)
+
+
+def _is_damaged(path: Path) -> bool:
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        return isinstance(error, CheckpointDamaged)
+    return False
 
 
 def _damage_report(damaged: Mapping[Path, str], hidden: list[Path | None], used: Path) -> str:
@@ -181,9 +220,19 @@ def _recover(root: Path) -> None:
     for written in root.glob(f"{TEMPORARY}*"):
         name = written.name.removeprefix(TEMPORARY).rpartition("-")[0]
         with contextlib.suppress(CheckpointError):
-            if read_manifest(written, name).name == name:
+            if _gives_way(root / name, read_manifest(written, name)):
                 publish(written, root / name)
     sweep(root)
+
+
+def _gives_way(path: Path, to: Manifest) -> bool:
+    """Whether nothing bears this name, or an older checkpoint than `to`."""
+    if not os.path.lexists(path):
+        return True
+    try:
+        return looks_like_checkpoint(path) and read_manifest(path).serial < to.serial
+    except CheckpointDamaged:
+        return not path.is_symlink()
 
 
 # Saving
@@ -207,6 +256,7 @@ class CheckpointStore:
         check_writable(self.root)
         self._lock: RunLock | None = RunLock(self.root)
         self._save: Save | None = None
+        self._serial: int | None = None
         _recover(self.root)
 
     def save(
@@ -233,12 +283,22 @@ class CheckpointStore:
         """
         self.wait()
         path = self._path(operator.index(step), name)
-        save = Save(path, operator.index(step), plain(metadata), snapshot(tree))
+        save = Save(path, operator.index(step), plain(metadata), snapshot(tree), self._next_serial)
         self._save = save
         save.start()
         if wait:
             self.wait()
         return path
+
+    def _next_serial(self) -> int:
+        """Of the save under way, on whose thread it runs: the first one reads all manifests."""
+        if self._serial is None:
+            self._serial = 0
+            for path in filter(looks_like_checkpoint, self.root.iterdir()):
+                with contextlib.suppress(CheckpointError, OSError):
+                    self._serial = max(self._serial, read_manifest(path).serial)
+        self._serial += 1
+        return self._serial
 
     def _path(self, step: int, name: str | None) -> Path:
         if self._lock is None:
@@ -271,6 +331,13 @@ class CheckpointStore:
             self._save = None
             if failure is not None:
                 raise failure
+
+    def abandon(self) -> None:
+        """Gives up the save under way: nobody waits for it, not even the end of the process, and
+        those before it stay as they are."""
+        if self._save is not None:
+            self._save.abandon()
+            self._save = None
 
     def close(self) -> None:
         """Waits, and gives up the lock. Raises if the last save failed."""

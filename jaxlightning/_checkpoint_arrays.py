@@ -35,12 +35,15 @@ from .parallel._mesh import leaf_path
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     """Leaves by path. Two leaves that read alike, as in `{"a/b": x, "a": {"b": y}}`, go by the
     longer spelling `['a/b']`."""
+    return list(zip(*_names_and_leaves(tree), strict=True))
+
+
+def _names_and_leaves(tree: PyTree) -> tuple[tuple[str, ...], list[Any]]:
     leaves, structure = jax.tree.flatten(tree)
     try:
-        names = _names(structure)
+        return _names(structure), leaves
     except TypeError:  # something static in the tree has no hash
-        names = _names.__wrapped__(structure)
-    return list(zip(names, leaves, strict=True))
+        return _names.__wrapped__(structure), leaves
 
 
 @functools.lru_cache(maxsize=4)
@@ -86,8 +89,20 @@ class HostArray(NamedTuple):
 class Snapshot(NamedTuple):
     """A tree on the host, that nothing done to the tree can change any more."""
 
-    arrays: dict[str, HostArray]
-    scalars: dict[str, Scalar]
+    names: tuple[str, ...]
+    leaves: list[Any]
+    """Arrays are numpy's, or `HostArray`s; the rest is as it was."""
+
+    def arrays(self) -> dict[str, HostArray]:
+        return {
+            name: leaf if isinstance(leaf, HostArray) else _whole(name, leaf)
+            for name, leaf in zip(self.names, self.leaves, strict=True)
+            if isinstance(leaf, np.ndarray | HostArray)
+        }
+
+    def scalars(self) -> dict[str, Scalar]:
+        named = zip(self.names, self.leaves, strict=True)
+        return {name: leaf for name, leaf in named if is_scalar(leaf)}
 
 
 def snapshot(tree: PyTree) -> Snapshot:
@@ -95,51 +110,75 @@ def snapshot(tree: PyTree) -> Snapshot:
 
     Leaves that are neither arrays nor Python numbers (functions, strings) are left out.
     """
-    named = named_leaves(tree)
-    scalars = {path: leaf for path, leaf in named if is_scalar(leaf)}
-    arrays = {path: _parts(path, leaf) for path, leaf in named if is_array(leaf)}
-    for array in arrays.values():
-        array.parts[:] = [(cut, _arrived(part)) for cut, part in array.parts]
-    return Snapshot(arrays, scalars)
+    names, leaves = _names_and_leaves(tree)
+    # This is what a training waits for: for many small leaves every further call a leaf counts.
+    plain: dict[type, bool] = {}
+    here: dict[jax.sharding.Sharding, bool] = {}
+    all_here = [device.platform for device in jax.devices()] == ["cpu"]
+    travelling: list[int] = []
+    for number, leaf in enumerate(leaves):
+        kind = type(leaf)
+        if kind not in plain:
+            plain[kind] = isinstance(leaf, jax.Array) and not _is_key(leaf)
+        if plain[kind] and (all_here or _is_here(leaf.sharding, here)):
+            # `np.asarray` would be a view of the buffer. While there is one, JAX does not donate
+            # that buffer, but copies it at every step.
+            leaves[number] = np.array(leaf)
+            continue
+        if is_array(leaf):
+            leaves[number] = _sent(names[number], leaf)
+            travelling.append(number)
+    for number in travelling:
+        leaves[number] = _arrived(leaves[number])
+    return Snapshot(names, leaves)
 
 
-def _parts(path: str, leaf: Any) -> HostArray:
-    """The parts of a leaf that this process has to write, on their way to the host."""
-    dtype, prng = dtype_name(leaf.dtype), None
-    if dtype.startswith("key<"):
-        prng = str(jax.random.key_impl(leaf))
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_here(where: jax.sharding.Sharding, known: dict[jax.sharding.Sharding, bool]) -> bool:
+    """Whether an array there lies whole in the memory of this machine, and has no way to go."""
+    if where not in known:
+        device, *more = where.device_set
+        known[where] = not more and (device.platform == "cpu" or "host" in str(where.memory_kind))
+    return known[where]
+
+
+def _sent(name: str, leaf: Any) -> HostArray:
+    """The parts of a leaf that this process has to write, on their way to the host and not waited
+    for: many travel together."""
+    if not isinstance(leaf, jax.Array):
+        return _whole(name, np.array(leaf, leaf.dtype.newbyteorder("<"), order="C"))
+    prng = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
+    if prng is not None:
         leaf = jax.random.key_data(leaf)
-        dtype = dtype_name(leaf.dtype)
+    if leaf.is_fully_replicated:
+        parts: list[Any] = [(None, leaf.addressable_data(0))]
+    else:
+        # Replicas are written once, in a job of several processes by the one that has the first.
+        shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+        parts = [(shard.index, shard.data) for shard in shards]
+    for number, (cut, part) in enumerate(parts):
+        if _is_here(part.sharding, {}):
+            parts[number] = (cut, np.array(part))
+        else:
+            part.copy_to_host_async()
+    return HostArray(dtype_name(leaf.dtype), leaf.shape, prng, parts)
+
+
+def _arrived(leaf: HostArray) -> HostArray:
+    return leaf._replace(parts=[(cut, np.asarray(part)) for cut, part in leaf.parts])
+
+
+def _whole(name: str, array: np.ndarray) -> HostArray:
+    dtype = dtype_name(array.dtype)
     if dtype not in DTYPES:
         raise CheckpointError(
-            f"`{path}` has dtype `{leaf.dtype}`, which a checkpoint cannot hold. Numbers and "
-            "booleans of a fixed size can be saved; put text into the metadata."
+            f"`{name}` has dtype `{dtype}`, which a checkpoint cannot hold. Numbers and booleans "
+            "of a fixed size can be saved; put text into the metadata."
         )
-    if not isinstance(leaf, jax.Array):
-        native = np.array(leaf, leaf.dtype.newbyteorder("<"), order="C")
-        return HostArray(dtype, leaf.shape, prng, [(None, native)])
-    if leaf.is_fully_replicated:
-        one = leaf if len(leaf.sharding.device_set) == 1 else leaf.addressable_data(0)
-        return HostArray(dtype, leaf.shape, prng, [(None, _sent(one))])
-    # Replicas are written once, in a job of several processes by the one that has the first.
-    shards = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-    parts: list[Any] = [(shard.index, _sent(shard.data)) for shard in shards]
-    return HostArray(dtype, leaf.shape, prng, parts)
-
-
-def _sent(array: jax.Array) -> jax.Array | np.ndarray:
-    """The array, on its way to the host, and not waited for: many travel together."""
-    on_cpu = all(device.platform == "cpu" for device in array.devices())
-    if on_cpu or "host" in str(array.sharding.memory_kind):
-        # There is no way to go, and `np.asarray` would be a view of the buffer. While there is
-        # one, JAX does not donate that buffer, but copies it at every step.
-        return np.array(array, order="C")
-    array.copy_to_host_async()
-    return array
-
-
-def _arrived(part: jax.Array | np.ndarray) -> np.ndarray:
-    return part if isinstance(part, np.ndarray) else np.ascontiguousarray(part)
+    return HostArray(dtype, array.shape, None, [(None, array)])
 
 
 def on_host(leaf: Any) -> np.ndarray:
@@ -162,7 +201,7 @@ def _region(cut: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Region:
 
 
 def as_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, without a copy."""
+    """The bytes of an array in C order, without a copy where it has that."""
     return array.reshape(-1).view(np.uint8).data
 
 

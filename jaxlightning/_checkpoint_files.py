@@ -172,6 +172,7 @@ def publish(written: Path, path: Path) -> None:
     """
     old = None
     if path.exists():
+        sync_folder(path.parent)  # or a power cut could keep this renaming, but not what follows
         old = aside(path, TRASH)
         os.rename(path, old)
     try:
@@ -191,6 +192,15 @@ def discard(path: Path) -> None:
     os.rename(path, trash)
     sync_folder(path.parent)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one that takes its name; `None` where there is none."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def set_aside(path: Path) -> Path | None:
@@ -226,7 +236,7 @@ def open_inside(folder: int, name: str, path: Path) -> int:
     except FileNotFoundError:
         raise CheckpointDamaged(f"`{path}` is damaged: its file `{name}` is missing.") from None
     except OSError as error:
-        if error.errno != errno.ELOOP:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket
             raise
     else:
         if stat.S_ISREG(os.fstat(file).st_mode):

@@ -11,6 +11,7 @@ in this file touches the disk.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import hashlib
@@ -30,6 +31,10 @@ from ._checkpoint_files import CheckpointDamaged, CheckpointError
 FORMAT = 1
 BLOCK = 16 * 2**20
 """Checksums are taken of blocks of this many bytes, so that parts can be read and verified."""
+LIMIT = 2**30
+"""How many bytes a manifest may have, and a header of an array file."""
+DEPTH = 100
+"""How deep the metadata may be nested: functions that walk them call themselves as often."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}")
 ARRAY_FILE = re.compile(r"arrays-\d{5}-of-\d{5}\.safetensors")
@@ -121,6 +126,9 @@ class Manifest:
 
     name: str
     step: int
+    serial: int
+    """Higher than that of any other checkpoint that was in the folder: unlike a clock, it tells
+    which of two of one step is the later one."""
     saved_at: str
     versions: Mapping[str, str]
     files: Mapping[str, StoredFile]
@@ -140,11 +148,16 @@ def describe(dtype: str, shape: Sequence[int], prng: str | None) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def plain(value: Any, where: str = "metadata") -> Any:
+def plain(value: Any, where: str = "metadata", depth: int = 0) -> Any:
     """`value` as JSON gives it back, or an error that names what JSON cannot hold.
 
     Tuples come back as lists. NaN and infinities are kept, in the spelling of Python's `json`.
     """
+    if depth > DEPTH:
+        raise CheckpointError(
+            f"`{where[:40]}...` is nested more than {DEPTH} levels deep, if it ends at all, and a "
+            "checkpoint's metadata may not be. Flatten it."
+        )
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -154,9 +167,9 @@ def plain(value: Any, where: str = "metadata") -> Any:
                     f"`{where}` has the key `{key!r}`, and keys of a checkpoint's metadata are "
                     f"strings, as in JSON. Write `{str(key)!r}`."
                 )
-        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: plain(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{number}]") for number, item in enumerate(value)]
+        return [plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise CheckpointError(
         f"`{where}` is a `{type(value).__module__}.{type(value).__qualname__}`, and a checkpoint's "
         "metadata holds only what JSON can: text, numbers, booleans, None, lists and dicts. Write "
@@ -188,6 +201,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "format": FORMAT,
         "name": manifest.name,
         "step": manifest.step,
+        "serial": manifest.serial,
         "saved_at": manifest.saved_at,
         "versions": dict(manifest.versions),
         "files": {name: file._asdict() for name, file in manifest.files.items()},
@@ -198,7 +212,13 @@ def encode_manifest(manifest: Manifest) -> bytes:
         "scalars": dict(manifest.scalars),
         "metadata": dict(manifest.metadata),
     }
-    return json.dumps(content, separators=(",", ":")).encode()
+    encoded = json.dumps(content, separators=(",", ":")).encode()
+    if len(encoded) > LIMIT:
+        raise CheckpointError(
+            f"Its manifest would have {len(encoded):,} bytes, and {LIMIT:,} is the most that can "
+            "be read again. Put less into the metadata, and large data into arrays."
+        )
+    return encoded
 
 
 def decode_manifest(encoded: bytes) -> Manifest:
@@ -208,7 +228,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
     neither allocates nor reads what is not there.
     """
     try:
-        content = json.loads(encoded)
+        content = json.loads(encoded, object_pairs_hook=_object)
         if _count(content["format"]) > FORMAT:
             raise CheckpointError(
                 f"It was written by a newer jaxlightning (format {content['format']}; this one "
@@ -217,6 +237,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
         manifest = Manifest(
             name=_typed(content["name"], str),
             step=_count(content["step"]),
+            serial=_count(content.get("serial", 0)),  # before there were any
             saved_at=_typed(content["saved_at"], str),
             versions={
                 package: _typed(version, str) for package, version in content["versions"].items()
@@ -227,7 +248,7 @@ def decode_manifest(encoded: bytes) -> Manifest:
                 path: _typed(scalar, bool, int, float)
                 for path, scalar in content["scalars"].items()
             },
-            metadata=_typed(content["metadata"], dict),
+            metadata=_shallow(_typed(content["metadata"], dict)),
         )
         _check_layout(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -236,9 +257,32 @@ def decode_manifest(encoded: bytes) -> Manifest:
     return manifest
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys may not come twice: of which of the two is the other a check?"""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(
+            key for key, times in collections.Counter(k for k, _ in pairs).items() if times > 1
+        )
+        raise ValueError(f"`{twice[:100]}` comes twice")
+    return found
+
+
+def _shallow(metadata: dict[str, Any]) -> dict[str, Any]:
+    level: list[Any] = [metadata]
+    for _ in range(DEPTH + 1):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"the metadata is nested more than {DEPTH} levels deep")
+    return metadata
+
+
 def _typed(value: Any, *types: type) -> Any:
     if type(value) not in types:
-        raise TypeError(f"`{value!r}` should be of type {' or '.join(t.__name__ for t in types)}")
+        raise TypeError(
+            f"`{str(value)[:100]}` should be of type {' or '.join(t.__name__ for t in types)}"
+        )
     return value
 
 
@@ -252,7 +296,10 @@ def _stored_file(name: str, content: Any) -> StoredFile:
     if not ARRAY_FILE.fullmatch(name):
         raise ValueError(f"`{name}` is not the name of an array file")
     header = _typed(content["header_sha256"], str)
-    return StoredFile(_count(content["size"]), _count(content["header_size"]), header)
+    header_size = _count(content["header_size"])
+    if header_size > LIMIT:
+        raise ValueError(f"the header of `{name}` has {header_size} bytes")
+    return StoredFile(_count(content["size"]), header_size, header)
 
 
 def _stored_array(content: Any) -> StoredArray:
@@ -260,6 +307,9 @@ def _stored_array(content: Any) -> StoredArray:
     if dtype not in DTYPES:
         raise ValueError(f"the dtype `{dtype}` is unknown")
     shape = tuple(map(_count, content["shape"]))
+    # What numpy can make; an array without elements may have huge sizes beside the 0.
+    if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 2**59:
+        raise ValueError(f"no array has the shape {list(shape)}"[:200])
     if prng is not None and (_typed(prng, str) == "" or dtype != "uint32" or not shape):
         raise ValueError(f"keys of `{prng}` are not stored as {dtype}{list(shape)}")
     return StoredArray(dtype, shape, prng, tuple(map(_stored_shard, content["shards"])))
@@ -281,9 +331,8 @@ def _check_layout(manifest: Manifest) -> None:
         for shard in array.shards:
             in_file[shard.file].append(shard)
             _check_shard(path, array, shard)
-        for one, other in itertools.combinations(array.shards, 2):
-            if _overlap(one.region, other.region):
-                raise ValueError(f"shards of `{path}` overlap")
+        if _overlap([shard.region for shard in array.shards if shard.size]):
+            raise ValueError(f"shards of `{path}` overlap")
         if sum(shard.size for shard in array.shards) != array.nbytes:
             raise ValueError(f"shards of `{path}` leave a part of it out")
     for name, shards in in_file.items():
@@ -296,8 +345,12 @@ def _check_layout(manifest: Manifest) -> None:
             raise ValueError(f"`{name}` has another length than its arrays")
 
 
-def _overlap(one: Region, other: Region) -> bool:
-    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+def _overlap(regions: list[Region]) -> bool:
+    """Whether two regions share an element, or do not lie on a grid, as those of shardings do."""
+    for axis in zip(*regions, strict=True):
+        if any(a[1] > b[0] for a, b in itertools.pairwise(sorted(set(axis)))):
+            return True
+    return len(set(regions)) < len(regions)
 
 
 def _check_shard(path: str, array: StoredArray, shard: Shard) -> None:

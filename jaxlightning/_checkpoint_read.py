@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from ._checkpoint_arrays import is_array, is_scalar, named_leaves
 from ._checkpoint_files import CheckpointDamaged, CheckpointError, open_folder, open_inside
 from ._checkpoint_manifest import (
+    LIMIT,
     Manifest,
     Shard,
     commit_of,
@@ -27,7 +28,6 @@ from ._checkpoint_manifest import (
     describe,
 )
 
-MANIFEST_LIMIT = 2**30
 GROUP = 256 * 2**20
 """About how many bytes of a checkpoint are on the host at once while it is restored."""
 SHOWN = 20
@@ -78,7 +78,7 @@ class CheckpointReader(contextlib.AbstractContextManager):
         commit = self._open("COMMIT")
         file = self._open("manifest.json")
         size = os.fstat(file).st_size
-        if size > MANIFEST_LIMIT:
+        if size > LIMIT:
             raise self._damaged(f"its manifest has {size} bytes")
         encoded = os.pread(file, size, 0)
         if os.pread(commit, 100, 0) != commit_of(encoded):

@@ -39,6 +39,7 @@ from ._checkpoint_manifest import (
     DTYPES,
     Manifest,
     commit_of,
+    decode_manifest,
     encode_manifest,
     now,
     versions,
@@ -50,20 +51,29 @@ class SaveFailed(CheckpointError):
 
 
 class Save:
-    """One save under way, on threads that keep the interpreter alive until it is done: a script
-    may end just after it has saved.
+    """One save under way, on threads that a script which ends just after it has saved waits for
+    (`_report_lost_saves`), unless they were abandoned.
     """
 
-    def __init__(self, path: Path, step: int, metadata: dict[str, Any], taken: Snapshot):
+    def __init__(
+        self,
+        path: Path,
+        step: int,
+        metadata: dict[str, Any],
+        taken: Snapshot,
+        next_serial: Callable[[], int],
+    ):
         self.path = path
         self._step = step
+        self._next_serial = next_serial
         self._metadata = metadata
         self._snapshot: Snapshot | None = taken
         self._failure: SaveFailed | None = None
         self._deletions: list[Path] | None = []
         self._deciding = threading.Lock()
         self._returning = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=path.name, daemon=False)
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name=path.name, daemon=True)
 
     def start(self) -> None:
         _unsettled.add(self)
@@ -74,12 +84,25 @@ class Save:
             self._run()
         self._returning.set()
 
-    def join(self) -> SaveFailed | None:
-        """Waits for the end; the failure, if it failed, has thereby been told."""
+    def end(self) -> None:
+        """Waits for the end."""
         if self._thread.ident is not None:
             self._thread.join()
+
+    def join(self) -> SaveFailed | None:
+        """Waits for the end; the failure, if it failed, has thereby been told."""
+        self.end()
         _unsettled.discard(self)
         return self._failure
+
+    def abandon(self) -> None:
+        """Nobody waits any more. Unless it is being committed just now, it never will be."""
+        self._abandoned = True
+        _unsettled.discard(self)
+
+    def _check_abandoned(self) -> None:
+        if self._abandoned:
+            raise CheckpointError("it was abandoned")
 
     def then_delete(self, path: Path) -> bool:
         """Whether `path` will be deleted after this save, which it is not if that is over."""
@@ -116,7 +139,7 @@ class Save:
 
     def _write(self) -> None:
         assert self._snapshot is not None
-        arrays, scalars = self._snapshot
+        arrays, scalars = self._snapshot.arrays(), self._snapshot.scalars()
         sha256 = _beside(lambda: checksums(arrays))
         # A process of a larger job would write the file of its own number.
         file = ArrayFile("arrays-00000-of-00001.safetensors", arrays)
@@ -126,6 +149,7 @@ class Save:
             with open(written / file.name, "xb", buffering=2**20) as stream:
                 stream.write(file.header)
                 for chunk in file.chunks:
+                    self._check_abandoned()
                     stream.write(chunk)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -134,6 +158,7 @@ class Save:
                 Manifest(
                     name=self.path.name,
                     step=self._step,
+                    serial=self._next_serial(),
                     saved_at=now(),
                     versions=versions(),
                     files={file.name: stored},
@@ -142,9 +167,11 @@ class Save:
                     metadata=self._metadata,
                 )
             )
+            decode_manifest(manifest)  # raises, where nobody could read it
             write_durably(written / "manifest.json", manifest)
             write_durably(written / "COMMIT", commit_of(manifest))
             sync_folder(written)
+            self._check_abandoned()
             publish(written, self.path)
         except BaseException:
             shutil.rmtree(written, ignore_errors=True)
@@ -154,7 +181,7 @@ class Save:
 def _beside(work: Callable[[], Checksums]) -> Callable[[], Checksums]:
     """Begins `work` on a thread of its own; to be called for its result."""
     results: list[Checksums] = []
-    thread = threading.Thread(target=lambda: results.append(work()), daemon=False)
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     try:
         thread.start()
     except RuntimeError:  # as in `Save.start`; then it is done when it is asked for
@@ -169,6 +196,12 @@ def _beside(work: Callable[[], Checksums]) -> Callable[[], Checksums]:
 
 _unsettled: set[Save] = set()
 """Saves under way, and failures that nobody has been told of."""
+
+
+def let_saves_end(root: Path) -> None:
+    """Returns when this process writes nothing into `root`. Failures are left to be told."""
+    for save in [save for save in _unsettled if save.path.parent == root]:
+        save.end()
 
 
 @atexit.register
