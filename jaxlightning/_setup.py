@@ -26,7 +26,7 @@ from ._step import EvalStep, TrainStep, owns_update
 from ._stream import MetricStream, NoStream
 from ._task import TaskModule, trainable_spec
 from .data import Feed
-from .data._feed import is_one_pass
+from .data._epochs import is_one_pass
 
 if TYPE_CHECKING:
     from ._trainer import Trainer

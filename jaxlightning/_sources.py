@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from .data import DataModule
-from .data._feed import has_batches, known_length
+from .data._epochs import has_batches, known_length
 
 Loaders = dict[str, Any]
 """Loaders by name; one that stands alone has the name `""`."""

@@ -105,7 +105,7 @@ def test_the_thread_ends_when_the_epoch_is_left_early():
 
 
 def test_a_thread_that_hangs_in_the_loader_hangs_nobody_else(monkeypatch):
-    monkeypatch.setattr("jaxlightning.data._feed._JOIN_S", 0.01)
+    monkeypatch.setattr("jaxlightning.data._read_ahead._JOIN_S", 0.01)
     loader = Waits()
     batches = feed(loader).epoch(0)
     next(batches)

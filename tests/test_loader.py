@@ -199,7 +199,7 @@ def test_a_transform_makes_the_batch():
     assert [batch["z"].tolist() for batch in loader] == [[0, 2], [4, 6], [8]]
 
 
-def test_an_exception_in_a_transform_names_the_rows():
+def test_an_exception_in_a_transform_names_the_row():
     def picky(batch):
         if 5 in batch["x"]:
             raise ZeroDivisionError("five")
@@ -210,8 +210,58 @@ def test_an_exception_in_a_transform_names_the_rows():
     assert next(batches)["x"].tolist() == [0, 1, 2]
     with pytest.raises(ZeroDivisionError, match="five") as caught:
         next(batches)
-    (note,) = caught.value.__notes__
-    assert note.endswith("picky`, the `transform`, on the rows [3, 4, 5].")
+    who, which = caught.value.__notes__
+    assert who.startswith("Raised by `")
+    assert who.endswith("picky`, the `transform`.")
+    assert which == "The row that fails is row 5 of the source, in batch 1 of epoch 0."
+    assert caught.traceback[-1].name == "picky"
+
+
+def test_of_shuffled_rows_the_first_that_fails_is_named():
+    """Rows 3, 5 and 6 fail, and another row in another way."""
+
+    def picky(batch):
+        if 2 in batch["x"] and len(batch["x"]) == 1:
+            raise KeyError("not what stopped the run")
+        if np.isin([3, 5, 6], batch["x"]).any():
+            raise ValueError("bad row")
+        return batch
+
+    loader = DataLoader(numbered(12), 12, shuffle=True, seed=3, transform=picky)
+    with pytest.raises(ValueError, match="bad row") as caught:
+        list(loader.batches(4))
+    first = next(row for row in loader.order(4).tolist() if row in (3, 5, 6))
+    assert f"is row {first} of the source, in batch 0 of epoch 4." in caught.value.__notes__[1]
+
+
+def test_an_exception_that_no_single_row_raises_names_the_batch():
+    def narrow(batch):
+        if len(batch["x"]) > 1:
+            raise ValueError("too many")
+        return batch
+
+    with pytest.raises(ValueError, match="too many") as caught:
+        next(DataLoader(numbered(30), 25, transform=narrow).batches(0, 0))
+    note = caught.value.__notes__[1]
+    assert note.startswith("No row fails alone: those of batch 0 of epoch 0 are [0, 1, 2, ")
+    assert note.endswith("18, 19, and 5 more].")
+
+
+def test_the_search_for_a_row_ends_in_time(monkeypatch):
+    tried = []
+
+    def slow(batch):
+        tried.append(len(batch["x"]))
+        if 7 in batch["x"]:
+            raise ValueError("slow")
+        return batch
+
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with pytest.raises(ValueError, match="slow") as caught:
+        next(iter(DataLoader(numbered(8), 8, transform=slow)))
+    assert tried == [8, 1, 1, 1]  # ten seconds, at four a row
+    assert caught.value.__notes__[1].startswith("No row fails alone")
 
 
 def test_an_exception_in_a_source_names_the_rows():
@@ -226,11 +276,26 @@ def test_an_exception_in_a_source_names_the_rows():
 
     with pytest.raises(TypeError) as caught:
         next(iter(DataLoader(OneByOne(), 2)))
-    (note,) = caught.value.__notes__
-    assert note == (
-        "Raised by the source, a `OneByOne`, on the rows [0, 1]. It is asked for a batch at a "
-        "time: `__getitem__` gets an array of row numbers."
-    )
+    assert caught.value.__notes__ == [
+        "Raised by the source, a `OneByOne`, which is asked for a batch at a time: `__getitem__` "
+        "gets an array of row numbers.",
+        "The row that fails is row 0 of the source, in batch 0 of epoch 0.",
+    ]
+
+
+def test_an_exception_in_a_dataset_of_hugging_face_names_the_row():
+    datasets = pytest.importorskip("datasets")
+    rows = {"x": [[0.0]] * 7 + [[1.0]] + [[0.0]] * 2}
+
+    def picky(batch):
+        if batch["x"].any():
+            raise ArithmeticError("not zero")
+        return batch
+
+    loader = DataLoader(datasets.Dataset.from_dict(rows), 4, transform=picky)
+    with pytest.raises(ArithmeticError, match="not zero") as caught:
+        list(loader)
+    assert caught.value.__notes__[1].startswith("The row that fails is row 7 of the source, in ba")
 
 
 # What is refused

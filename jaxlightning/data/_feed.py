@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import queue
-import threading
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
-from itertools import chain, islice
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +15,9 @@ from jaxtyping import PyTree
 
 from jaxlightning.parallel import Placement, leaf_path
 
+from ._epochs import epochs_of, known_length
 from ._loader import abstract, check_leading_axes
+from ._read_ahead import ReadAhead
 
 
 class DeviceBatch(NamedTuple):
@@ -58,18 +57,12 @@ class Feed:
         prefetch: int = 2,
         poll: Callable[[], None] = lambda: None,
     ):
-        if not isinstance(loader, Iterable) and not has_batches(loader):
-            raise TypeError(
-                f"The {name} data is a `{type(loader).__name__}`, which is no loader. Pass a "
-                "`DataLoader`, a `DataModule`, or any iterable of batches."
-            )
         self.loader = loader
         self.name = name
         self.wait_s = 0.0
         self._placement = placement
         self._poll = poll
-        self._opened: Iterator[PyTree] | None = None
-        self._taken, self._restored = 0, None
+        self._epochs = epochs_of(loader, name)
         length = known_length(loader)
         self.counted = length is not None
         """Whether the loader knows its length."""
@@ -86,46 +79,18 @@ class Feed:
         self._resident = self._all_on_device()
 
     def _first(self) -> PyTree:
-        one_pass = is_one_pass(self.loader)
-        before = _state(self.loader) if one_pass else None
-        for first in self._raw(0, 0):
-            if before is not None:
-                self.loader.set_state(before)
-            elif one_pass:
-                self._opened = chain([first], self.loader)
-            return first
-        raise ValueError(
-            f"The {self.name} data is empty: its loader, a `{type(self.loader).__name__}`, gave "
-            "no batch."
-        )
-
-    def _raw(self, epoch: int, start: int) -> Iterator[PyTree]:
-        if has_batches(self.loader):
-            return self.loader.batches(epoch, start)
-        opened: Any = self._opened or iter(self.loader)
-        skipped = self._taken if is_one_pass(self.loader) else start
-        restored = self._restored if skipped else None
-        self._opened, self._taken, self._restored = None, 0, None
-        if restored is not None:
-            opened.set_state(restored)
-            return opened
-        return self._replayed(opened, skipped) if skipped else opened
+        try:
+            return self._epochs.first()
+        except StopIteration:
+            raise ValueError(
+                f"The {self.name} data is empty: its loader, a `{type(self.loader).__name__}`, "
+                "gave no batch."
+            ) from None
 
     def go_on(self, taken: int, state: Any) -> None:
         """Makes the next epoch go on after `taken` batches in all, with the iterator in `state`,
         where it had one."""
-        self._taken, self._restored = taken, state
-
-    def _replayed(self, opened: Iterator[PyTree], count: int) -> Iterator[PyTree]:
-        if not isinstance(self.loader, list | tuple):
-            warnings.warn(
-                f"The {self.name} data is a `{type(self.loader).__name__}`, which can't be entered "
-                f"in the middle: to go on, {count} batches are read and thrown away, and the run "
-                "is the same only if they are the same ones again. A `DataLoader` goes on at once, "
-                "and so does an iterator with `get_state` and `set_state`.",
-                stacklevel=2,
-            )
-        return islice(opened, count, None)
+        self._epochs.go_on(taken, state)
 
     def _all_on_device(self) -> list[DeviceBatch] | None:
         """The batches themselves, where they are a list of arrays that already lie right."""
@@ -151,14 +116,17 @@ class Feed:
         placed = self._placement.put(leaves)
         return DeviceBatch(jax.tree.unflatten(structure, placed), placed, shapes)
 
-    def _with_state(self, raw: Any) -> Iterator[DeviceBatch]:
-        for batch in raw:
-            yield self._checked(batch)._replace(state=_state(raw))
+    def _read(
+        self, epoch: int, start: int, count: int | None
+    ) -> Generator[DeviceBatch, None, None]:
+        with closing(self._epochs.open(epoch, start)) as reads:
+            for batch, state in islice(reads, count):
+                yield self._checked(batch)._replace(state=state)
 
     @cached_property
     def shapes(self) -> list[PyTree]:
         """Abstract batches of every announced shape, the usual one first."""
-        announced = getattr(self.loader, "batch_shapes", None)
+        announced = self._epochs.announced()
         if announced is not None:
             complete = not isinstance(self.length, int) or self.length >= len(self.loader)
             return list(announced) if complete else [self.spec]
@@ -194,9 +162,7 @@ class Feed:
             yield from self._resident[start:stop]
             return
         count = None if stop is None else max(stop - start, 0)
-        raw = self._raw(epoch, start)
-        checked = self._with_state if _has_state(raw) else partial(map, self._checked)
-        reader = _ReadAhead(islice(checked(raw), count), self._depth, self._poll)
+        reader = ReadAhead(self._read(epoch, start, count), self._depth, self._poll)
         try:
             for batch in reader:
                 yield batch
@@ -207,53 +173,38 @@ class Feed:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a checkpoint remembers of the loader, to notice that it was changed."""
-        own = getattr(self.loader, "fingerprint", None)
-        found = own() if callable(own) else {"source": type(self.loader).__name__}
         shapes = jax.tree_util.tree_flatten_with_path(self.spec)[0]
         spec = {leaf_path(p): f"{x.dtype}{list(x.shape)}" for p, x in shapes}
-        return found | {"length": self.length, "batch": spec}
-
-
-def has_batches(loader: Any) -> bool:
-    """Whether `loader` can be entered anywhere: it has a method `batches(epoch, start)`."""
-    return callable(getattr(loader, "batches", None))
-
-
-def is_one_pass(loader: Any) -> bool:
-    """Whether `loader` gives its batches once, as generators do."""
-    return not has_batches(loader) and isinstance(loader, Iterator)
-
-
-def known_length(loader: Any) -> int | None:
-    """`None` also where `__len__` itself does not know: that of torch's `DataLoader` over a
-    stream raises."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
+        return self._epochs.fingerprint() | {"length": self.length, "batch": spec}
 
 
 def _own_array(leaf: Any) -> Any:
-    """An array of another library as numpy's. A copy, since nobody could forbid to write to it."""
-    if isinstance(leaf, np.ndarray | jax.Array) or not hasattr(leaf, "__array__"):
+    """A leaf as an array that can be frozen: on CPU the devices may go on reading this very
+    memory. What somebody else could still write to is copied: another library's array, or a view
+    of a buffer that is not the view's alone."""
+    if isinstance(leaf, jax.Array):
         return leaf
-    return np.asarray(leaf).copy()
+    if isinstance(leaf, np.ndarray):
+        return leaf if _is_alone(leaf) else leaf.copy()
+    return np.asarray(leaf).copy() if hasattr(leaf, "__array__") else leaf
 
 
-def _has_state(iterator: Any) -> bool:
-    return hasattr(iterator, "get_state") and hasattr(iterator, "set_state")
-
-
-def _state(iterator: Any) -> Any:
-    return copy.deepcopy(iterator.get_state()) if _has_state(iterator) else None
+def _is_alone(array: np.ndarray) -> bool:
+    base = array.base
+    if base is None:
+        return True
+    if not isinstance(base, np.ndarray):
+        return not array.flags.writeable
+    # References: the view's, `base`'s, and the argument's.
+    return not base.flags.writeable or sys.getrefcount(base) <= 3
 
 
 def _limited(length: int | None, limit: int | float, name: str) -> int | None:
     if isinstance(limit, int) and not isinstance(limit, bool):
         return limit if length is None else min(limit, length)
+    if limit == 1.0:
+        return length
     if length is None:
-        if limit == 1.0:
-            return None
         raise ValueError(
             f"The {name} data has no length, so {limit} of it is unknown. Limit it with an integer."
         )
@@ -288,77 +239,4 @@ def _refuse_nan(batch: PyTree, name: str) -> None:
             )
 
 
-_END = object()
 _MOST_AHEAD = 16
-_JOIN_S = 1.0
-
-
-class _Failure(NamedTuple):
-    error: BaseException
-
-
-class _ReadAhead:
-    """Runs an iterator in a thread, at most `depth` items ahead."""
-
-    def __init__(self, items: Iterator[Any], depth: int, poll: Callable[[], None]):
-        self.wait_s = 0.0
-        self._poll = poll
-        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self._room.put(depth)
-        self._closed = False
-        # Room is given back by halves: a change of threads costs more than reading a small batch.
-        self._share = max(depth // 2, 1)
-        self._thread = threading.Thread(
-            target=self._run, args=(items,), name="jaxlightning-feed", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, items: Iterator[Any]) -> None:
-        try:
-            while room := self._room.get():
-                for _ in range(room):
-                    if self._closed:
-                        return
-                    item = next(items, _END)
-                    self._ready.put(item)
-                    if item is _END:
-                        return
-        except BaseException as error:
-            self._ready.put(_Failure(error))
-
-    def __iter__(self) -> Iterator[Any]:
-        taken = 0
-        while True:
-            try:
-                item = self._ready.get_nowait()
-            except queue.Empty:
-                item = self._wait()
-            if item is _END:
-                return
-            if isinstance(item, _Failure):
-                raise item.error
-            taken += 1
-            if taken == self._share:
-                self._room.put(taken)
-                taken = 0
-            yield item
-
-    def _wait(self) -> Any:
-        start = time.perf_counter()
-        while True:
-            self._poll()
-            try:
-                item = self._ready.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            self.wait_s += time.perf_counter() - start
-            return item
-
-    def close(self) -> None:
-        """Ends the thread, so that nobody else reads the loader. Where it hangs in the loader, it
-        ends after that."""
-        self._closed = True
-        self._room.put(0)
-        if self._thread is not threading.current_thread():  # as garbage, it may be
-            self._thread.join(_JOIN_S)

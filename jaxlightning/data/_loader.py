@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Int, PyTree
+
+from . import _fingerprint, _grain
+from ._culprit import first_failing, listed
 
 Rows = Int[np.ndarray, " rows"]
 
@@ -24,9 +28,9 @@ class DataLoader:
 
     **Arguments:**
 
-    - `source`: a pytree of arrays with equal leading axes; or anything with `__len__` whose
-      `__getitem__` takes an array of row numbers and returns a batch; or a map-style
-      `datasets.Dataset`.
+    - `source`: a pytree of arrays with equal leading axes, which may be memory-mapped; or a
+      map-style `datasets.Dataset`; or a `TokenFile`; or anything else with `__len__` whose
+      `__getitem__` takes an array of row numbers and returns a batch.
     - `batch_size`: rows in a batch, over all devices.
     - `shuffle`, `seed`: whether and how to permute the rows; each epoch differently.
     - `drop_last`: whether to leave out the last, smaller batch of an epoch. By default it is
@@ -57,7 +61,11 @@ class DataLoader:
         self.drop_last = drop_last
         self.transform = transform
         self.allow_nan = allow_nan
-        self._rows, self._read = _reader(source)
+        self._rows, self._read, self._source_fingerprint = _reader(source)
+        # Now, since an object that is called may change by it.
+        self._transform_fingerprint = (
+            None if transform is None else _fingerprint.of_function(transform)
+        )
         if self._rows == 0:
             raise ValueError("The `source` of this `DataLoader` is empty: it has no rows.")
         if len(self) == 0:
@@ -85,27 +93,35 @@ class DataLoader:
         """The batches of an epoch from number `start` on."""
         order = self.order(epoch)
         for index in range(start, len(self)):
-            yield self._batch(order[index * self.batch_size : (index + 1) * self.batch_size])
+            rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+            yield self._batch(rows, f"batch {index} of epoch {epoch}")
 
-    def _batch(self, rows: Rows) -> PyTree:
+    def _batch(self, rows: Rows, place: str) -> PyTree:
         try:
-            batch = self._read(rows)
+            return self._attempt(rows)
         except Exception as error:
+            attempt = lambda row: self._attempt(np.array([row]))
+            found = first_failing(rows.tolist(), attempt, error)
             error.add_note(
-                f"Raised by the source, a `{type(self.source).__name__}`, on the rows "
-                f"{rows.tolist()}. It is asked for a batch at a time: `__getitem__` gets an array "
-                "of row numbers."
+                f"No row fails alone: those of {place} are {listed(rows.tolist())}."
+                if found is None
+                else f"The row that fails is row {found} of the source, in {place}."
             )
             raise
-        if self.transform is None:
-            return batch
+
+    def _attempt(self, rows: Rows) -> PyTree:
+        who = (
+            f"the source, a `{type(self.source).__name__}`, which is asked for a batch at a time: "
+            "`__getitem__` gets an array of row numbers"
+        )
         try:
+            batch = self._read(rows)
+            if self.transform is None:
+                return batch
+            who = f"`{_name(self.transform)}`, the `transform`"
             return self.transform(batch)
         except Exception as error:
-            error.add_note(
-                f"Raised by `{_name(self.transform)}`, the `transform`, on the rows "
-                f"{rows.tolist()}."
-            )
+            error.add_note(f"Raised by {who}.")
             raise
 
     @property
@@ -115,7 +131,8 @@ class DataLoader:
         rest = self._rows % self.batch_size
         if rest and not self.drop_last and self._rows > self.batch_size:
             sizes.append(rest)
-        return [abstract(self._batch(np.arange(size))) for size in sizes]
+        look = "a first look at the shapes of batches"
+        return [abstract(self._batch(np.arange(size), look)) for size in sizes]
 
     def unshuffled(self) -> DataLoader:
         """The same loader in the source's order."""
@@ -129,17 +146,28 @@ class DataLoader:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What has to be equal for two loaders to give the same batches."""
-        own = getattr(self.source, "fingerprint", None)
+        """What has to be equal for two loaders to give the same batches.
+
+        Of arrays and datasets it holds dtypes, shapes or columns, and a checksum of a sample: of
+        at most 256 rows (64 of a dataset) that are evenly spaced, and at most 1 MiB. So another
+        file, order or preprocessing is noticed, but not a few changed values elsewhere. A source
+        of another kind has a `fingerprint()` of its own, or only its type and length count. Of a
+        `transform` the name counts, and the arguments of a `functools.partial` and the attributes
+        of an object that is called, where they are plain values; its code does not.
+        """
         return {
-            "source": own() if callable(own) else type(self.source).__name__,
+            "source": self._content,
             "rows": self._rows,
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "seed": self.seed,
             "drop_last": self.drop_last,
-            "transform": None if self.transform is None else _name(self.transform),
+            "transform": self._transform_fingerprint,
         }
+
+    @cached_property
+    def _content(self) -> Any:
+        return self._source_fingerprint()
 
 
 def _name(function: Any) -> str:
@@ -163,7 +191,8 @@ def abstract(batch: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, batch)
 
 
-def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
+def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree], Callable[[], Any]]:
+    """The number of rows, how to read some, and how to tell the source from another one."""
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
         if not hasattr(source, "__len__"):
             raise TypeError(
@@ -172,12 +201,19 @@ def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
                 '`dataset.with_format("numpy").batch(32)`.'
             )
         dataset = source.with_format("numpy")
-        return len(dataset), lambda rows: dict(dataset[rows.tolist()])
+        read = lambda rows: dict(dataset[rows.tolist()])
+        return len(dataset), read, partial(_fingerprint.of_dataset, dataset)
+    if _grain.recognises(source):
+        raise TypeError(
+            f"The `source` of a `DataLoader` is a `{type(source).__name__}` of Grain, which makes "
+            "batches itself. Pass it as the loader: `trainer.fit(task, pipeline.batch(32))`."
+        )
     arrays = [] if isinstance(source, Iterator) else jax.tree.leaves(source)
     if arrays and all(isinstance(leaf, np.ndarray | jax.Array) for leaf in arrays):
         held = jax.tree.map(np.asarray, source)
         check_leading_axes(held, "The `source` of this `DataLoader`", scalars=False)
-        return len(jax.tree.leaves(held)[0]), lambda rows: jax.tree.map(lambda x: x[rows], held)
+        read = lambda rows: jax.tree.map(lambda x: x[rows], held)
+        return len(jax.tree.leaves(held)[0]), read, partial(_fingerprint.of_arrays, held)
     if isinstance(source, dict | list | tuple):
         if not arrays:
             raise ValueError("The `source` of this `DataLoader` is empty: it holds no arrays.")
@@ -188,7 +224,9 @@ def _reader(source: Any) -> tuple[int, Callable[[Rows], PyTree]]:
             "each column."
         )
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
-        return len(source), lambda rows: source[rows]
+        own = getattr(source, "fingerprint", None)
+        named = own if callable(own) else lambda: type(source).__name__
+        return len(source), lambda rows: source[rows], named
     raise TypeError(
         f"The `source` of a `DataLoader` is a `{type(source).__name__}`. It has to be a pytree of "
         "arrays, a map-style `datasets.Dataset`, or an object with `__len__` and "
