@@ -11,9 +11,12 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxlightning._callback import Callback, InsideStep
 from jaxlightning._metrics import Metric, Sum, namespace
+from jaxlightning._whereabouts import StepBatches, Whereabouts, described
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer
+
+_SHOWN = 10
 
 
 class LongestStreak(Metric):
@@ -37,6 +40,17 @@ class LongestStreak(Metric):
         return namespace(self).stack([self.length, self.last])
 
 
+class NonFiniteSteps(FloatingPointError):
+    """So many refused steps in a row that the run ends. All of them met the state as it is now."""
+
+    def __init__(self, message: str, first: int, batches: StepBatches | None):
+        super().__init__(message)
+        self.first = first
+        """The number of the first of these steps."""
+        self.batches = batches
+        """Its batches, unless nobody knows."""
+
+
 class SkipNonFinite(Callback):
     """Refuses steps whose loss or gradient is NaN or infinite.
 
@@ -46,11 +60,15 @@ class SkipNonFinite(Callback):
     there to catch are not counted. (`optax.apply_if_finite` is no alternative: it writes the NaN
     in the end.)
 
+    After `max_in_a_row` of them, one after the other, nothing is taken any more, whatever batches
+    follow until the host hears of it: the run ends with the state before the first of them.
+
     **Arguments:**
 
     - `max_in_a_row`: this many refused steps one after the other end the run.
 
-    **Raises:** `FloatingPointError` at the log boundary that finds `max_in_a_row` in a row.
+    **Raises:** `FloatingPointError` at the log boundary, or the end of the epoch, that finds
+    `max_in_a_row` in a row. It names their batches.
     """
 
     def __init__(self, max_in_a_row: int = 10):
@@ -60,30 +78,90 @@ class SkipNonFinite(Callback):
                 "one after the other may be refused before the run ends."
             )
         self.max_in_a_row = max_in_a_row
+        self._whereabouts = Whereabouts()
+        self._reported = 0
+
+    # In the step
 
     def accept_step(self, view: InsideStep) -> Bool[Array, ""]:
-        return jnp.isfinite(view.loss) & all_finite(view.grads)
+        finite = jnp.isfinite(view.loss) & all_finite(view.grads)
+        if view.skipped is None:
+            return finite
+        return finite & (view.skipped.longest < self.max_in_a_row)
 
     def inside_step(self, view: InsideStep) -> dict[str, Any]:
         if view.skipped is None:
             return {}
-        in_a_row = view.skipped.in_a_row
-        length = in_a_row.astype(jnp.float32)
-        last = jnp.where(in_a_row > 0, view.step + 1, 0).astype(jnp.float32)
-        return {"skipped": Sum.of(in_a_row > 0), "skipped_steps": LongestStreak(length, last)}
+        in_a_row, longest = view.skipped.in_a_row, view.skipped.longest
+        refused = in_a_row > 0
+        # Steps that were refused only because too many had been are no part of a streak.
+        counts = refused & (longest <= self.max_in_a_row)
+        length = jnp.where(counts, in_a_row, 0).astype(jnp.float32)
+        last = jnp.where(counts, view.step + 1, 0).astype(jnp.float32)
+        return {"skipped": Sum.of(refused), "skipped_steps": LongestStreak(length, last)}
+
+    # On the host
+
+    def setup(self, trainer: Trainer, stage: str) -> None:
+        if stage == "fit" and trainer.barebones:
+            raise ValueError(
+                "`barebones=True` reads no metrics, so nobody would hear of refused steps. Remove "
+                "`SkipNonFinite`, or write `barebones=False`."
+            )
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.global_step == 0:
+            self._whereabouts, self._reported = Whereabouts(), 0
+        self._whereabouts.mark(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer) -> None:
+        self._whereabouts.mark(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer) -> None:
+        self._whereabouts.mark(trainer)
+        # A last interval that is cut short by the end of the fit is never delivered.
+        self._end_after(trainer, trainer.callback_metrics.get("train/skipped_steps_epoch"))
 
     def on_log(self, trainer: Trainer, metrics: dict[str, Any], step: int) -> None:
-        length, last = map(int, metrics.get("train/skipped_steps", (0, 0)))
-        if length < self.max_in_a_row:
+        self._end_after(trainer, metrics.get("train/skipped_steps"))
+        self._whereabouts.forget(step - self.max_in_a_row)
+
+    def _end_after(self, trainer: Trainer, streak: Any) -> None:
+        """**Raises:** `NonFiniteSteps` where the longest streak is one that ends the run."""
+        length, last = map(int, (0, 0) if streak is None else streak)
+        if length < self.max_in_a_row or last <= self._reported:
             return
-        steps = f"steps {last - length + 1} to {last}" if length > 1 else f"step {last}"
-        raise FloatingPointError(
-            f"In {length} steps in a row the loss or a gradient was NaN or infinite: global "
-            f"{steps}. Their updates were refused, so the task is as it was before them. Lower "
-            "the learning rate, clip with `gradient_clip_val=1.0`, or find the operation with "
-            "`Trainer(detect_anomaly=True)` and without this callback; to bear more, raise "
-            f"`SkipNonFinite(max_in_a_row={self.max_in_a_row})`."
+        first = last - length + 1
+        # Whoever goes on from a checkpoint that is saved now has been told of these.
+        self._reported = trainer.global_step
+        state = trainer.state
+        if state.skipped is not None:
+            trainer.state = state.replace(skipped=state.skipped.forgotten())
+        of = self._whereabouts.of
+        lines = [_line(trainer, step, of(trainer, step)) for step in range(first, last + 1)]
+        more = [f"\n  and {length - _SHOWN} more"] if length > _SHOWN else []
+        raise NonFiniteSteps(
+            f"In {length} step{'s' if length > 1 else ''} in a row the loss or a gradient was NaN "
+            f"or infinite:{''.join(lines[:_SHOWN] + more)}\nThey were refused, so the task is as "
+            "it was before them. Look at the data, lower the learning rate, or clip with "
+            "`gradient_clip_val=1.0`. To see in which operation it appears, add the callback "
+            "`ReplayCapsule()`; to bear more, raise "
+            f"`SkipNonFinite(max_in_a_row={self.max_in_a_row})`.",
+            first,
+            of(trainer, first),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"whereabouts": self._whereabouts.state_dict(), "reported": self._reported}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._whereabouts.load_state_dict(state["whereabouts"])
+        self._reported = state["reported"]
+
+
+def _line(trainer: Trainer, step: int, batches: StepBatches | None) -> str:
+    where = "" if batches is None else f": {described(trainer, batches)}"
+    return f"\n  global step {step}{where}"
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

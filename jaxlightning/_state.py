@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ class LossScale(eqx.Module):
     Halved when a gradient overflows, doubled after 2,000 steps without overflow.
     """
 
+    LEAST: ClassVar[float] = 1.0
+
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]
 
@@ -29,7 +31,7 @@ class LossScale(eqx.Module):
         grow = finite & (self.good_steps + 1 >= growth_interval)
         scale = jnp.where(finite, jnp.where(grow, self.scale * 2, self.scale), self.scale / 2)
         good_steps = jnp.where(finite & ~grow, self.good_steps + 1, 0)
-        return LossScale(jnp.clip(scale, 1.0, 2.0**24), good_steps)
+        return LossScale(jnp.clip(scale, self.LEAST, 2.0**24), good_steps)
 
 
 class Skipped(eqx.Module):
@@ -38,6 +40,7 @@ class Skipped(eqx.Module):
     total: Int[Array, ""]
     in_a_row: Int[Array, ""]
     longest: Int[Array, ""]
+    """Of all streaks; what ends a run once it is too long."""
 
     @classmethod
     def none(cls) -> Skipped:
@@ -47,6 +50,10 @@ class Skipped(eqx.Module):
         in_a_row = jnp.where(accepted, 0, self.in_a_row + 1)
         total = self.total + jnp.where(accepted, 0, 1)
         return Skipped(total, in_a_row, jnp.maximum(self.longest, in_a_row))
+
+    def forgotten(self) -> Skipped:
+        """After the run has been told: streaks begin anew."""
+        return Skipped(self.total, jnp.zeros_like(self.in_a_row), jnp.zeros_like(self.longest))
 
 
 class TrainState(eqx.Module):

@@ -21,7 +21,7 @@ from ._callback import Bus, InsideStep
 from ._metrics import Mean, Metric
 from ._outputs import Outputs, as_metrics, read_outputs
 from ._precision import Precision, cast, cast_task
-from ._state import TrainState
+from ._state import LossScale, TrainState
 from ._task import TaskModule
 
 _Carry = TypeVar("_Carry")
@@ -100,20 +100,24 @@ class TrainStep(NamedTuple):
         grads, outputs = gradients(state.task, batch, key, scale)
         params, buffers = eqx.partition(state.task, self.spec)
         loss = total_loss(outputs.terms)
-        accepted = None
-        if state.loss_scale is not None:
+        accepted = overflow = None
+        loss_scale = state.loss_scale
+        if loss_scale is not None:
             grads = jax.tree.map(lambda g: g / scale, grads)
             accepted = jnp.isfinite(optax.tree.norm(grads))
-            state = state.replace(loss_scale=state.loss_scale.adjusted(accepted))
+            # What a smaller scale may mend: the loss itself is not scaled.
+            overflow = ~accepted & jnp.isfinite(loss) & (loss_scale.scale > LossScale.LEAST)
+            loss_scale = loss_scale.adjusted(accepted)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with counters
             updates, opt_state = self.tx.update(grads, state.opt_state, params, value=loss)
-        view = InsideStep(state.step, loss, params, grads, updates, opt_state, None)
+        view = InsideStep(state.step, loss, params, grads, updates, opt_state, state.skipped)
         if self.bus.judges:
             verdict = self.bus.accept_step(view)
+            # An overflow of the loss scale is no fault of the batch.
+            faultless = verdict if overflow is None else verdict | overflow
             if state.skipped is not None:
-                # An overflow of the loss scale is no fault of the batch.
-                fault = verdict if accepted is None else verdict | ~accepted
-                state = state.replace(skipped=state.skipped.counted(fault))
+                state = state.replace(skipped=state.skipped.counted(faultless))
+            loss_scale = keep_where(faultless, loss_scale, state.loss_scale)
             accepted = verdict if accepted is None else verdict & accepted
         advanced = buffers if outputs.task is None else self._buffers(outputs.task, buffers)
         new = eqx.combine(optax.apply_updates(params, updates), advanced)
@@ -132,7 +136,7 @@ class TrainStep(NamedTuple):
                 "of them."
             )
         metrics = metrics | observed
-        return state.replace(task=new, opt_state=opt_state), metrics
+        return state.replace(task=new, opt_state=opt_state, loss_scale=loss_scale), metrics
 
     def _outputs(
         self, params: PyTree, buffers: PyTree, batch: PyTree, key: PRNGKeyArray

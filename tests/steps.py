@@ -52,7 +52,7 @@ def start(callbacks, task=None, precision="32-true", tx=None):
     """`(trainer, jitted step, state)` for `callbacks`, as the Trainer makes them."""
     task = Regression.initial() if task is None else task
     bus, precision = Bus(callbacks), Precision.named(precision)
-    trainer = SimpleNamespace(callbacks=callbacks, precision=precision, state=None)
+    trainer = SimpleNamespace(callbacks=callbacks, precision=precision, state=None, barebones=False)
     for callback in callbacks:
         callback.setup(trainer, "fit")
     tx = bus.wrap_optimizer(trainer, tx or task_optimizer(task))

@@ -1,14 +1,24 @@
 """Refused steps: nothing moves, they are counted, and too many of them end the run."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxlightning.callbacks._non_finite import all_finite  # type: ignore[import-not-found]
 from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # type: ignore[import-not-found]
+from tasks import quiet
 
+from jaxlightning import DataLoader
 from jaxlightning._callback import InsideStep
-from jaxlightning._stream import computed, read
-from jaxlightning.callbacks import ExponentialMovingAverage, LambdaCallback, SkipNonFinite
+from jaxlightning._state import LossScale
+from jaxlightning.callbacks import (
+    ExponentialMovingAverage,
+    LambdaCallback,
+    ModelCheckpoint,
+    SkipNonFinite,
+)
 
 
 def test_a_poisoned_step_leaves_everything_bitwise_and_is_counted():
@@ -61,66 +71,205 @@ def test_finite_gradients_whose_squares_overflow_are_fine():
 def test_float16_overflows_are_not_counted():
     _, step, state = start([SkipNonFinite(max_in_a_row=1)], precision="16-mixed")
     batch = next(batches(1))
-    after, metrics = step(state, {"x": batch["x"] * 1e3, "y": batch["y"]})
+    after, metrics = step(state, {"x": batch["x"] * 10, "y": batch["y"]})
     assert_bitwise(after.task, state.task)
     assert float(after.loss_scale.scale) == float(state.loss_scale.scale) / 2
     assert int(after.skipped.total) == 0
     assert float(metrics["skipped"].compute()) == 0
 
 
-def interval(callback, poisoned, count):
-    """What `on_log` gets after `count` steps in one log interval."""
-    trainer, step, state = start([callback])
-    total = None
-    for batch in batches(count, poisoned):
-        state, metrics = step(state, batch)
-        total = metrics if total is None else {k: m.merge(metrics[k]) for k, m in total.items()}
-    return trainer, computed(read([total])[0], "train/")
+@pytest.mark.parametrize("scale", [2.0**16, 1.0])
+def test_what_no_loss_scale_mends_is_counted_in_float16(scale):
+    """A loss that is no number, and gradients that overflow at the smallest scale."""
+    _, step, state = start([SkipNonFinite()], precision="16-mixed")
+    state = state.replace(loss_scale=LossScale(jnp.float32(scale), jnp.int32(3)))
+    batch = next(batches(1, {0}))
+    after, metrics = step(state, batch)
+    assert_bitwise((after.task, after.loss_scale), (state.task, state.loss_scale))
+    assert int(after.skipped.total) == float(metrics["skipped"].compute()) == 1
+    if scale == 1.0:  # the loss is finite, and its derivative of 8e4 no float16
+        after, _ = step(state, {"x": np.eye(2, 2, dtype=np.float32) * 200, "y": np.ones(2)})
+        assert int(after.skipped.total) == 1
 
 
-def test_too_many_in_a_row_end_the_run_and_are_named():
-    callback = SkipNonFinite(max_in_a_row=3)
-    # Two, then three in a row; steps are numbered from 1.
-    trainer, metrics = interval(callback, {1, 2, 4, 5, 6}, 9)
-    with pytest.raises(
-        FloatingPointError, match=r"In 3 steps in a row .* global steps 5 to 7"
-    ) as e:
-        callback.on_log(trainer, metrics, 8)
-    assert "`gradient_clip_val=1.0`" in str(e.value)
+def fit(poisoned, count=20, k=3, callbacks=(), **arguments):
+    """A fit over poisoned batches: the error that ended it, if any, and the trainer."""
+    arguments = {"log_every_n_steps": 5, "max_epochs": 1} | arguments
+    trainer = quiet_trainer([SkipNonFinite(max_in_a_row=k), *callbacks], **arguments)
+    try:
+        trainer.fit(Regression.initial(), list(batches(count, poisoned)))
+    except FloatingPointError as error:
+        return error, trainer
+    return None, trainer
 
 
-def test_fewer_in_a_row_go_on_and_leave_their_count():
-    callback = SkipNonFinite(max_in_a_row=3)
-    trainer, metrics = interval(callback, {0, 1, 3, 4}, 6)
-    callback.on_log(trainer, metrics, 6)
-    assert metrics["train/skipped"] == 4
-    assert np.array_equal(metrics["train/skipped_steps"], [2, 5])
-
-
-def test_one_is_named_in_the_singular():
-    callback = SkipNonFinite(max_in_a_row=1)
-    trainer, metrics = interval(callback, {2}, 4)
-    with pytest.raises(FloatingPointError, match="global step 3"):
-        callback.on_log(trainer, metrics, 4)
+def named(error):
+    """The steps and batches that an error lists."""
+    return re.findall(r"global step (\d+): (.*)", str(error))
 
 
 @pytest.mark.parametrize("steps_per_dispatch", [1, 4])
-def test_in_a_fit(steps_per_dispatch):
-    def fit(poisoned):
-        callback = SkipNonFinite(max_in_a_row=3)
-        trainer = quiet_trainer(
-            [callback], log_every_n_steps=5, steps_per_dispatch=steps_per_dispatch
-        )
-        return trainer, trainer.fit(Regression.initial(), list(batches(20, poisoned)))
-
-    trainer, task = fit({2, 7, 8})
-    assert np.isfinite(task.weight).all()
+def test_fewer_in_a_row_go_on_and_leave_their_count(steps_per_dispatch):
+    error, trainer = fit({2, 7, 8}, steps_per_dispatch=steps_per_dispatch)
+    assert error is None
+    assert np.isfinite(trainer.state.task.weight).all()
     assert trainer.callback_metrics["train/skipped_epoch"] == 3
+    assert np.array_equal(trainer.callback_metrics["train/skipped_steps_epoch"], [2, 9])
     assert int(trainer.state.skipped.longest) == 2
-    with pytest.raises(FloatingPointError, match="global steps 9 to 12") as error:
-        fit({2, 8, 9, 10, 11})
-    (note,) = error.value.__notes__
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 4])
+def test_too_many_in_a_row_end_the_run_and_are_named(steps_per_dispatch):
+    # Two, then three in a row; steps are numbered from 1. Metrics come an interval late.
+    error, trainer = fit({2, 3, 8, 9, 10}, steps_per_dispatch=steps_per_dispatch)
+    assert named(error) == [(str(i + 1), f"batch {i} of epoch 0") for i in (8, 9, 10)]
+    assert "In 3 steps in a row the loss" in str(error)
+    assert "`gradient_clip_val=1.0`" in str(error)
+    assert "the callback `ReplayCapsule()`" in str(error)
+    (note,) = error.__notes__
     assert "`SkipNonFinite` in its hook `on_log`" in note
+    assert trainer.global_step > 14
+
+
+def test_the_state_at_the_error_is_that_before_the_streak():
+    """Whatever came after it: good batches, and a streak that is shorter."""
+    ema = ExponentialMovingAverage(0.9)
+    error, trainer = fit({8, 9, 10, 13}, count=30, callbacks=[ema])
+    _, step, state = start([SkipNonFinite(), ExponentialMovingAverage(0.9)])
+    for batch in batches(8):
+        state, _ = step(state, batch)
+    assert error is not None
+    assert trainer.global_step == 20
+    assert_bitwise(trainer.state.task, state.task)
+    assert_bitwise(trainer.state.opt_state, state.opt_state)
+
+
+def test_a_streak_in_an_interval_that_the_fit_cuts_short_is_not_missed():
+    error, _ = fit({6, 7}, count=9, k=2, log_every_n_steps=50)
+    assert named(error) == [("7", "batch 6 of epoch 0"), ("8", "batch 7 of epoch 0")]
+    assert "`SkipNonFinite` in its hook `on_train_epoch_end`" in error.__notes__[0]
+
+
+def test_one_is_named_in_the_singular_and_of_many_only_the_first():
+    error, _ = fit({2}, count=4, k=1)
+    assert "In 1 step in a row" in str(error)
+    error, _ = fit(set(range(2, 20)), k=15)
+    assert len(named(error)) == 10
+    assert "\n  and 5 more\n" in str(error)
+
+
+class Unsized:
+    """As many batches as an epoch happens to have."""
+
+    def __init__(self, *lengths, poisoned):
+        self.lengths, self.poisoned, self.epoch = lengths, poisoned, -1
+
+    def __iter__(self):
+        self.epoch += 1
+        epoch = max(self.epoch - 1, 0)  # the first epoch is opened once more, to look at it
+        for index, batch in enumerate(batches(self.lengths[epoch])):
+            bad = (epoch, index) in self.poisoned
+            yield jax.tree.map(lambda x: x * np.nan, batch) if bad else batch
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_batches_are_named_across_epochs_without_a_length(accumulate):
+    poisoned = {(1, 3), (1, 4), (2, 0), (2, 1)}
+    trainer = quiet_trainer(
+        [SkipNonFinite(2)],
+        max_epochs=4,
+        log_every_n_steps=50 if accumulate == 1 else 4,
+        accumulate_grad_batches=accumulate,
+        on_recompile="ignore",
+    )
+    with pytest.raises(FloatingPointError) as error:
+        trainer.fit(Regression.initial(), Unsized(4, 5, 3, 4, poisoned=poisoned))
+    # Of the second epoch's batches the accumulated steps take three, and then two.
+    expected = {
+        1: [("8", "batch 3 of epoch 1"), ("9", "batch 4 of epoch 1")],
+        3: [("4", "batches 3 to 4 of epoch 1"), ("5", "batches 0 to 2 of epoch 2")],
+    }
+    assert named(error.value) == expected[accumulate]
+
+
+def test_rows_of_a_data_loader_are_named():
+    data = {"x": np.ones((40, 2), np.float32), "y": np.zeros(40, np.float32)}
+    data["x"][17] = np.nan
+    loader = DataLoader(data, 4, shuffle=True, seed=3, allow_nan=True)
+    trainer = quiet_trainer([SkipNonFinite(1)], log_every_n_steps=1)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.fit(Regression.initial(), loader)
+    index = loader.order(0).tolist().index(17) // 4
+    rows = ", ".join(map(str, loader.order(0)[index * 4 : index * 4 + 4]))
+    assert named(error.value) == [(str(index + 1), f"batch {index} of epoch 0 (rows {rows})")]
+    trainer = quiet_trainer([SkipNonFinite(1)], log_every_n_steps=1, accumulate_grad_batches=10)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.fit(Regression.initial(), loader)
+    rows = ", ".join(map(str, loader.order(0)[:8]))
+    assert named(error.value) == [("1", f"batches 0 to 9 of epoch 0 (rows {rows}, and 32 more)")]
+
+
+class Epochwise:
+    """Six batches an epoch, to be entered anywhere, with others poisoned in each."""
+
+    def __init__(self, poisoned):
+        self.poisoned = poisoned
+
+    def __len__(self):
+        return 6
+
+    def batches(self, epoch, start=0):
+        yield from list(batches(6, self.poisoned.get(epoch, ())))[start:]
+
+
+def test_a_streak_across_epochs_and_a_resume_is_found_and_named(tmp_path):
+    loader = Epochwise({0: {4, 5}, 1: {0, 1}})
+
+    def run(**where):
+        saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        arguments = {"max_epochs": 3, "log_every_n_steps": 5, "enable_checkpointing": None}
+        trainer = quiet(callbacks=[SkipNonFinite(4), saves], **arguments)
+        with pytest.raises(FloatingPointError) as error:
+            trainer.fit(Regression.initial(), loader, **where)
+        return error.value, trainer
+
+    error, whole = run()
+    assert named(error) == [
+        ("5", "batch 4 of epoch 0"),
+        ("6", "batch 5 of epoch 0"),
+        ("7", "batch 0 of epoch 1"),
+        ("8", "batch 1 of epoch 1"),
+    ]
+    for step in (5, 6, 7, 9):
+        again, resumed = run(ckpt_path=tmp_path / f"step={step}")
+        assert str(again) == str(error)
+        a, b = resumed.state, whole.state
+        assert_bitwise((a.task, a.opt_state, a.skipped), (b.task, b.opt_state, b.skipped))
+
+
+def test_a_checkpoint_of_the_error_can_be_gone_on_from(tmp_path):
+    """Whoever does has been told: only a new streak ends the run again."""
+
+    def run(poisoned, **where):
+        saves = ModelCheckpoint(tmp_path, "{step}", save_on_exception=True, save_top_k=0)
+        arguments = {"max_epochs": 3, "log_every_n_steps": 4, "enable_checkpointing": None}
+        trainer = quiet(callbacks=[SkipNonFinite(2), saves], **arguments)
+        try:
+            trainer.fit(Regression.initial(), Epochwise(poisoned), **where)
+        except FloatingPointError as error:
+            return named(error), trainer
+        return None, trainer
+
+    found, first = run({0: {1, 2}})
+    assert found == [("2", "batch 1 of epoch 0"), ("3", "batch 2 of epoch 0")]
+    last = tmp_path / f"step={first.global_step}"
+    found, second = run({0: {1, 2}}, ckpt_path=last)
+    assert found is None
+    assert second.global_step == 18
+    # What came between the streak and the error had been refused as well, what came after not.
+    assert int(second.state.skipped.total) == first.global_step - 1
+    found, _ = run({0: {1, 2}, 2: {2, 3}}, ckpt_path=last)
+    assert found == [("15", "batch 2 of epoch 2"), ("16", "batch 3 of epoch 2")]
 
 
 def test_refuses_nonsense():
