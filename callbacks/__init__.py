@@ -7,6 +7,7 @@ if __name__ != "jaxlightning.callbacks":
     )
 
 from ._device_stats import DeviceStatsMonitor as DeviceStatsMonitor
+from ._digest import Digest as Digest
 from ._early_stopping import EarlyStopping as EarlyStopping
 from ._ema import ExponentialMovingAverage as ExponentialMovingAverage
 from ._gradients import GradientClipping as GradientClipping
@@ -25,6 +26,7 @@ from ._timer import Timer as Timer
 
 __all__ = [
     "DeviceStatsMonitor",
+    "Digest",
     "EarlyStopping",
     "ExponentialMovingAverage",
     "GradientClipping",

@@ -94,7 +94,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     with CheckpointReader(arguments.path) as one, CheckpointReader(arguments.other) as other:
-        lines = [*_array_differences(one, other), *_other_differences(one.manifest, other.manifest)]
+        lines = [*_array_differences(one, other), *other_differences(one.manifest, other.manifest)]
     for line in lines:
         print(line)
     if not lines:
@@ -112,12 +112,12 @@ def _array_differences(one: CheckpointReader, other: CheckpointReader) -> Iterat
         elif str(first[path]) != str(second[path]):
             yield f"{path}: {first[path]} in the first, {second[path]} in the second"
         else:
-            difference = _value_difference(first[path], one.array(path), other.array(path))
+            difference = value_difference(first[path], one.array(path), other.array(path))
             if difference:
                 yield f"{path}: {difference}"
 
 
-def _value_difference(stored: StoredArray, one: np.ndarray, other: np.ndarray) -> str:
+def value_difference(stored: StoredArray, one: np.ndarray, other: np.ndarray) -> str:
     """How two arrays of one shape and dtype differ, bit by bit; empty if they do not."""
     bits = (array.reshape(-1).view(np.uint8).reshape(array.size, -1) for array in (one, other))
     differing = np.any(np.not_equal(*bits), axis=1) if one.size else np.zeros(0, bool)
@@ -134,7 +134,7 @@ def _value_difference(stored: StoredArray, one: np.ndarray, other: np.ndarray) -
     return f"{count:,} of {one.size:,} elements differ, by {largest:.3g} at most"
 
 
-def _other_differences(one: Manifest, other: Manifest) -> Iterator[str]:
+def other_differences(one: Manifest, other: Manifest) -> Iterator[str]:
     for name in ("step", "scalars", "versions", "metadata"):
         first = dict(_flat(name, getattr(one, name)))
         second = dict(_flat(name, getattr(other, name)))

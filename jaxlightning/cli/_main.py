@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._checkpoint_files import CheckpointError
-from . import _checkpoint
+from . import _checkpoint, _compare
+from ._runs import RunError
 
-_COMMANDS = (_checkpoint,)
+_COMMANDS = (_checkpoint, _compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read this, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, RunError, OSError) as error:
         print(f"jaxlightning: {error}", file=sys.stderr)
         return 2
     return code

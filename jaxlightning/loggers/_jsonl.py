@@ -24,10 +24,12 @@ class JSONLLogger(LineLogger):
         self._append(json.dumps(record, allow_nan=False, ensure_ascii=False))
 
     def _until(self, lines: list[str], step: int) -> list[str]:
-        def is_until(line: str) -> bool:
-            try:
-                return json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                return False
+        return [line for line in lines if is_until(line, step)]
 
-        return list(filter(is_until, lines))
+
+def is_until(line: str, step: int) -> bool:
+    """Whether a line is a record in JSON, of `step` or before."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False

@@ -1,4 +1,4 @@
-"""Loggers of text files that grow line by line, and survive a kill at any moment."""
+"""Text files that grow line by line and survive a kill at any moment, and loggers of such files."""
 
 from __future__ import annotations
 
@@ -9,56 +9,100 @@ from typing import ClassVar, TextIO
 from ._logger import FileLogger, replace_file
 
 
-class LineLogger(FileLogger):
-    """Appends one line a call to one file.
+class LineFile:
+    """One file in a folder that exists as soon as there is something to write.
 
-    A line is in the hands of the operating system as soon as it is logged, so that only the
+    A line is in the hands of the operating system as soon as it is appended, so that only the
     machine's own death can lose it before `save`. A last line that was cut short is dropped.
     """
 
+    def __init__(self, path: str):
+        self.path = path
+        self._file: TextIO | None = None
+        self._count: int | None = None
+
+    @property
+    def count(self) -> int:
+        """How many complete lines there are. Known without reading the file again."""
+        if self._count is None:
+            self._count = len(self.lines())
+        return self._count
+
+    def lines(self) -> list[str]:
+        """All complete lines, without their ends."""
+        try:
+            with open(self.path, "rb") as file:
+                content = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return content.decode("utf-8", errors="replace").split("\n")[:-1]
+
+    def rewrite(self, lines: list[str]) -> None:
+        """Replaces the whole file."""
+        self.close()
+        replace_file(self.path, "".join(f"{line}\n" for line in lines))
+        self._count = len(lines)
+
+    def append(self, line: str) -> None:
+        if self._file is None:
+            with open(self.path, "ab+") as file:  # What a kill left of a last line.
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            self._file = open(self.path, "a", encoding="utf-8", newline="")  # noqa: SIM115
+        count = self.count
+        self._file.write(f"{line}\n")
+        self._file.flush()
+        self._count = count + 1
+
+    def save(self) -> None:
+        """Makes what was appended durable."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.save()
+            self._file.close()
+            self._file = None
+            self._count = None  # Others may write now.
+
+
+class LineLogger(FileLogger):
+    """Appends one line a call to one `LineFile`."""
+
     file_name: ClassVar[str]
-    _file: TextIO | None = None
+    _written: LineFile | None = None
 
     @abc.abstractmethod
     def _until(self, lines: list[str], step: int) -> list[str]:
         """Those lines that can be read, and are of `step` or before."""
 
     def resume(self, step: int) -> None:
-        if os.path.exists(os.path.join(self.log_dir, self.file_name)):
+        if os.path.exists(self._file_path):
             self._rewrite(self._until(self._lines(), step))
 
     def save(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+        if self._written is not None:
+            self._written.save()
 
     def finalize(self, status: str) -> None:
-        self._close()
+        if self._written is not None:
+            self._written.close()
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self.save()
-            self._file.close()
-            self._file = None
+    @property
+    def _file_path(self) -> str:
+        return os.path.join(self.log_dir, self.file_name)
 
     def _lines(self) -> list[str]:
-        """All complete lines, without their ends."""
-        try:
-            with open(os.path.join(self.log_dir, self.file_name), "rb") as file:
-                content = file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return content.decode("utf-8", errors="replace").split("\n")[:-1]
+        return LineFile(self._file_path).lines()
 
     def _rewrite(self, lines: list[str]) -> None:
-        self._close()
-        replace_file(self.path(self.file_name), "".join(f"{line}\n" for line in lines))
+        self._open().rewrite(lines)
 
     def _append(self, line: str) -> None:
-        if self._file is None:
-            path = self.path(self.file_name)
-            with open(path, "ab+") as file:  # What a kill left of a last line.
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-            self._file = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115
-        self._file.write(f"{line}\n")
-        self._file.flush()
+        self._open().append(line)
+
+    def _open(self) -> LineFile:
+        if self._written is None:
+            self._written = LineFile(self.path(self.file_name))
+        return self._written
