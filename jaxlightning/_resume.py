@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import os
 import re
@@ -20,6 +19,7 @@ from ._checkpoint_read import read_checkpoint, read_metadata
 from ._say import say
 from ._schedule import Position
 from ._stream import MetricStream
+from .data._iterator_state import decode_state, encode_state
 
 if TYPE_CHECKING:
     from ._fit import FitRun
@@ -114,7 +114,7 @@ def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
         "data": trainer._sources.module.state_dict(),
         "loaders": trainer._asked,
-        "iterator": _encoded(run.data_state),
+        "iterator": encode_state(run.data_state),
         "fixed": fixed_configuration(trainer),
     }
     trainer._bus.on_save_checkpoint(trainer, found)
@@ -252,7 +252,7 @@ def restore(
         trainer._sources.module.load_state_dict(metadata["data"])
     run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
     run.position.__dict__.update(Position(**metadata["position"]).__dict__)
-    run.data_state = _decoded(metadata["iterator"])
+    run.data_state = decode_state(metadata["iterator"])
     before = metadata["loaders"]["position"]["total_batches"]
     run.feed.go_on(run.position.total_batches - before, run.data_state)
     stream.load_state_dict(metadata["stream"], run.metrics_like)
@@ -269,16 +269,6 @@ def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:
             f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
             f"into a task instead: `load_weights({str(path)!r}, task)`."
         )
-
-
-def _encoded(state: Any) -> Any:
-    """An iterator's state for JSON: it is bytes (Grain's `DataLoader`), or JSON already."""
-    return {"base64": base64.b64encode(state).decode()} if isinstance(state, bytes) else state
-
-
-def _decoded(state: Any) -> Any:
-    is_bytes = isinstance(state, dict) and list(state) == ["base64"]
-    return base64.b64decode(state["base64"]) if is_bytes else state
 
 
 def _as_json(values: Any) -> Any:

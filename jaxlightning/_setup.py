@@ -241,6 +241,16 @@ def open_data(trainer: Trainer) -> Feed:
     return feed
 
 
+def close_data(trainer: Trainer) -> None:
+    """Ends the threads and processes that read for an entry point."""
+    feeds = [*trainer._val_feeds.values()]
+    feeds += [feed for found in trainer._eval_feeds.values() for feed in found.values()]
+    if trainer._run is not None:
+        feeds.append(trainer._run.feed)
+    for feed in feeds:
+        feed.close()
+
+
 # The run
 
 

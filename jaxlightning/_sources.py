@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
 import jax
 
 from .data import DataModule
-from .data._epochs import has_batches, known_length
+from .data._epochs import epochs_of, has_batches, known_length
 
 Loaders = dict[str, Any]
 """Loaders by name; one that stands alone has the name `""`."""
@@ -128,6 +129,10 @@ def first_batches(loader: Any, count: int | float) -> list[Any]:
                 "Write a number of batches."
             )
         count = max(1, int(length * count))
-    batches = _Batches(islice(iter(loader), count))
+    batches = _Batches()
+    with closing(epochs_of(loader, "training")) as epochs:
+        reads = epochs.open(0, 0)
+        batches.extend(read.batch for read in islice(reads, count))
+        reads.close()
     batches.allow_nan = getattr(loader, "allow_nan", False)
     return batches

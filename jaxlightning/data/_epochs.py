@@ -52,6 +52,9 @@ class Epochs(abc.ABC):
         found, self._goes_on = self._goes_on, (0, None)
         return found
 
+    def close(self) -> None:  # noqa: B027
+        """Lets go of the threads and processes that were started to read."""
+
     def fingerprint(self) -> dict[str, Any]:
         """What tells the loader from another one."""
         own = getattr(self.loader, "fingerprint", None)
@@ -158,6 +161,7 @@ class GrainEpochs(Epochs):
         self._workers = grain.Workers(loader)
         self._kept: tuple[Any, Read] | None = None
         self._running: Any = None
+        self._steps = grain.describe(loader)
         self._first_batch = ""
 
     def first(self) -> PyTree:
@@ -176,7 +180,7 @@ class GrainEpochs(Epochs):
 
     def open(self, epoch: int, start: int) -> Generator[Read, None, None]:
         iterator, held = self._opened(epoch, start)
-        self._running = iterator if self._endless else None
+        self._running = iterator
         number = start
         try:
             for read in held:
@@ -190,7 +194,7 @@ class GrainEpochs(Epochs):
             raise
         finally:
             if not self._endless:
-                grain.close(iterator)
+                self.close()
 
     def announced(self) -> list[PyTree] | None:
         length = grain.known_length(self.loader)
@@ -208,28 +212,36 @@ class GrainEpochs(Epochs):
         error.add_note(f"Raised by the {self.name} data in batch {number} of epoch {epoch}.")
         self._workers.note_dead(error)
         grain.note_culprit(error, self.loader, iterator, epoch)
-        self._running = None
         grain.close(iterator)
+        self._running = None
 
     def _opened(self, epoch: int, start: int) -> tuple[Any, list[Read]]:
         kept, self._kept = self._kept, None
         taken, restored = self._going_on()
         enters = taken if self._endless else start
-        if epoch and not enters and self._running is not None:
+        if self._endless and epoch and not enters and self._running is not None:
             return self._running, []
-        if kept is not None:
-            if not enters and (epoch == 0 or not self._reshuffled):
-                return kept[0], [kept[1]]
-            grain.close(kept[0])
-        if self._running is not None:
-            grain.close(self._running)
-        iterator = grain.iterator(self.loader, epoch if self._reshuffled else 0)
+        self.close()
+        if kept is not None and not enters and (epoch == 0 or not self._reshuffled):
+            return kept[0], [kept[1]]
+        if kept is not None and self._workers.any:
+            iterator = kept[0]  # starting others takes seconds
+        else:
+            if kept is not None:
+                grain.close(kept[0])
+            iterator = grain.iterator(self.loader, epoch if self._reshuffled else 0)
         if enters:
             iterator.set_state(restored)
         return iterator, []
 
+    def close(self) -> None:
+        for iterator in (self._running, self._kept and self._kept[0]):
+            if iterator is not None:
+                grain.close(iterator)
+        self._running = self._kept = None
+
     def fingerprint(self) -> dict[str, Any]:
-        return grain.describe(self.loader) | {"first batch": self._first_batch}
+        return self._steps | {"first batch": self._first_batch}
 
 
 def epochs_of(loader: Any, name: str) -> Epochs:

@@ -63,6 +63,7 @@ class Feed:
         self._placement = placement
         self._poll = poll
         self._epochs = epochs_of(loader, name)
+        self._reader: ReadAhead | None = None
         length = known_length(loader)
         self.counted = length is not None
         """Whether the loader knows its length."""
@@ -91,6 +92,13 @@ class Feed:
         """Makes the next epoch go on after `taken` batches in all, with the iterator in `state`,
         where it had one."""
         self._epochs.go_on(taken, state)
+
+    def close(self) -> None:
+        """Ends what reads ahead, and lets go of the threads and processes that were started for
+        it. They start again where an epoch is read after all."""
+        if self._reader is not None:
+            self._reader.close()
+        self._epochs.close()
 
     def _all_on_device(self) -> list[DeviceBatch] | None:
         """The batches themselves, where they are a list of arrays that already lie right."""
@@ -163,6 +171,7 @@ class Feed:
             return
         count = None if stop is None else max(stop - start, 0)
         reader = ReadAhead(self._read(epoch, start, count), self._depth, self._poll)
+        self._reader = reader
         try:
             for batch in reader:
                 yield batch

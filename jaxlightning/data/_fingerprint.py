@@ -13,7 +13,7 @@ import enum
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 ROWS = 256
-ROWS_OF_DATASET = 64  # each is a read of its own
+ROWS_OF_LIST = 64  # and of a dataset: each is a read of its own
 BYTES = 2**20
 _DEEP = 4
 _LONG = 100
@@ -42,6 +42,16 @@ def of_arrays(arrays: PyTree) -> dict[str, Any]:
         }
         for path, leaf in leaves
     }
+
+
+def of_list(rows: Sequence[Any]) -> dict[str, Any]:
+    """Of a list of rows, each a pytree: their number, and the checksum of a sample."""
+    digest = hashlib.sha256()
+    for row in sampled_rows(len(rows), ROWS_OF_LIST):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(rows[row])[0]:
+            found = plain(leaf, budget=BYTES // ROWS_OF_LIST)
+            digest.update(f"{jax.tree_util.keystr(path)} {found}".encode())
+    return {"rows": len(rows), "checksum": digest.hexdigest()[:16]}
 
 
 def _sample(array: np.ndarray, budget: int) -> str:
@@ -81,7 +91,7 @@ def of_dataset(dataset: Any) -> dict[str, Any]:
     plain = dataset.with_format("arrow")
     digest = hashlib.sha256()
     left = BYTES
-    for row in sampled_rows(len(dataset), ROWS_OF_DATASET):
+    for row in sampled_rows(len(dataset), ROWS_OF_LIST):
         table = plain[[row]]
         for column in table.columns:
             for piece in _flat(column.combine_chunks(), left):
@@ -143,7 +153,7 @@ def of_object(thing: Any) -> Any:
     return {"object": name, "attributes": attributes} if attributes else name
 
 
-def plain(value: Any, deep: int = 0) -> Any:
+def plain(value: Any, deep: int = 0, budget: int = BYTES) -> Any:
     """A value as a fingerprint may hold it: of what is no plain value, its kind."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -160,7 +170,7 @@ def plain(value: Any, deep: int = 0) -> Any:
     if isinstance(value, np.ndarray | jax.Array):
         key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
         array = np.asarray(jax.random.key_data(value) if key else value)
-        return f"{array.dtype}{list(array.shape)} {_sample(array[None], BYTES)}"
+        return f"{array.dtype}{list(array.shape)} {_sample(array[None], budget)}"
     if isinstance(value, list | tuple | dict):
         if deep == _DEEP or len(value) > _LONG:
             return f"{type(value).__name__} of {len(value)}"

@@ -9,10 +9,13 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator
+from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
+
 from ._culprit import first_failing
-from ._fingerprint import of_function, of_object, plain
+from ._fingerprint import of_arrays, of_function, of_list, of_object, plain
 
 _KINDS = ("MapDataset", "IterDataset", "DataLoader", "DatasetIterator", "DataLoaderIterator")
 # The length of what was repeated without an end is about `sys.maxsize`, by the batch size.
@@ -48,11 +51,15 @@ def recognises(loader: Any) -> bool:
 
 
 def iterator(loader: Any, epoch: int = 0) -> Any:
-    """A new iterator of a pipeline; of a `MapDataset` one of the given epoch."""
+    """A new iterator of a pipeline; of a `MapDataset` one of the given epoch, which reads 16
+    batches ahead: Grain's own 500 are meant for what is not yet batched."""
     allow_processes()
-    if epoch:
-        length = len(loader)
-        loader = loader.repeat(epoch + 1).slice(slice(epoch * length, None))
+    if _is(loader, "MapDataset"):
+        if epoch:
+            length = len(loader)
+            loader = loader.repeat(epoch + 1).slice(slice(epoch * length, None))
+        options = sys.modules["grain"].ReadOptions(num_threads=16, prefetch_buffer_size=16)
+        loader = loader.to_iter_dataset(options)
     opened = iter(loader)
     close_at_exit(opened)
     return opened
@@ -68,16 +75,24 @@ def allow_processes() -> None:
 
 
 def close_at_exit(opened: Any) -> None:
-    """Sees to it that an iterator is closed while the interpreter is whole: its `__del__` prints
-    errors where that comes too late."""
-    if not _opened:
-        atexit.register(_close_all)
+    """Sees to it that an iterator is closed while the interpreter is whole."""
     _opened.add(opened)
+    _register()
+
+
+@cache
+def _register() -> None:
+    # Not sooner: what is registered last runs first, and multiprocessing's own exit has to be
+    # after this one.
+    atexit.register(_close_all)
 
 
 def _close_all() -> None:
-    for opened in list(_opened):
+    alive = list(_opened)
+    for opened in alive:
         close(opened)
+    if alive:  # they would close again when modules are gone, and print errors
+        sys.modules["grain"].DatasetIterator.__del__ = lambda self: None
 
 
 def close(opened: Any) -> None:
@@ -85,7 +100,6 @@ def close(opened: Any) -> None:
     inner = getattr(opened, "_iterator", opened)  # of a `DataLoader`
     if hasattr(inner, "close"):
         inner.close()
-    _opened.discard(opened)
 
 
 def _nodes(node: Any) -> list[Any]:
@@ -168,6 +182,8 @@ def _settings(node: Any) -> dict[str, Any]:
         name = name.lstrip("_")
         if value is None or name in _LEFT_OUT or (iterates and name not in _OF_ITERATORS):
             continue
+        if isinstance(getattr(type(node), f"_{name}", None), cached_property):
+            continue  # derived, and there only once somebody asked
         found[name] = _source(value) if name in _SOURCES else _setting(value)
     return found
 
@@ -176,6 +192,10 @@ def _source(source: Any) -> Any:
     own = getattr(source, "fingerprint", None)
     if callable(own):
         return own()
+    if isinstance(source, list | tuple):
+        return of_list(source)
+    if isinstance(source, np.ndarray) and source.ndim:
+        return of_arrays(source)
     rows = len(source) if hasattr(source, "__len__") else None
     return {"type": type(source).__name__, "rows": rows}
 
@@ -194,12 +214,12 @@ class Workers:
     """The processes of a pipeline that has some, to say which of them died."""
 
     def __init__(self, loader: Any):
-        self._has_any = recognises(loader) and _any(loader, _WORKER)
+        self.any = recognises(loader) and _any(loader, _WORKER)
         self._seen: dict[int | None, Any] = {}
 
     def watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, and after each a look at the processes there are."""
-        if not self._has_any:
+        if not self.any:
             return batches
         return (batch for batch in batches if self._look())
 
@@ -248,9 +268,10 @@ def _culprit(node: Any, index: int, error: Exception) -> tuple[int, str] | None:
     if row is None:
         return None
     node = parent
-    while type(node).__name__ != "SourceMapDataset":
+    while type(node).__name__ not in ("SourceMapDataset", "RangeMapDataset"):
         row, node = _upstream(node, row)
-    return row % len(node), type(node._source).__name__
+    source = type(getattr(node, "_source", range(0))).__name__
+    return row % len(node), source
 
 
 def _upstream(node: Any, index: int) -> tuple[int, Any]:
