@@ -74,7 +74,7 @@ def test_several_folders_of_checkpoints(tmp_path, capsys):
     # Beside the logs of one run, both are of that run.
     digests(tmp_path / "a", w="1")
     code, out, _ = compare(capsys, tmp_path / "a", tmp_path / "b")
-    assert (code, out[0]) == (0, "No difference in 1 steps with checkpoints.")
+    assert (code, out[0]) == (0, "No difference in 1 step with checkpoints.")
     assert out[-1] == "not compared: digests, which only the first run has"
 
 
@@ -285,7 +285,7 @@ def test_what_measures_the_machine_is_not_compared(tmp_path, capsys):
     code, out, _ = compare(capsys, *paths)
     assert (code, out[0]) == (1, "The runs differ at step 1: `my/seconds`.")
     code, out, _ = compare(capsys, *paths, "--ignore", "seconds$")
-    assert (code, out[0]) == (0, "No difference in 1 logged steps.")
+    assert (code, out[0]) == (0, "No difference in 1 logged step.")
     with pytest.raises(SystemExit) as stopped:
         main(["compare", *map(str, paths), "--ignore", "("])
     assert stopped.value.code == 2
@@ -361,7 +361,7 @@ def test_sums_of_metrics_are_no_difference(tmp_path, capsys):
         tree = {"task": {"w": np.arange(4.0)}, "metrics": {"loss": np.float32(count)}}
         checkpoint(tmp_path / name, 5, tree)
     code, out, _ = compare(capsys, tmp_path / "one", tmp_path / "other")
-    assert (code, out[0]) == (0, "No difference in 1 steps with checkpoints.")
+    assert (code, out[0]) == (0, "No difference in 1 step with checkpoints.")
 
 
 def test_how_arrays_differ(tmp_path, capsys):
@@ -373,7 +373,7 @@ def test_how_arrays_differ(tmp_path, capsys):
     assert code == 1
     assert out == [
         "The runs differ at step 5: `a` and 3 more.",
-        "1 steps with checkpoints: nothing agrees, part at step 5",
+        "1 step with checkpoints: nothing agrees, part at step 5",
         "  a: 1 of 4 elements differ, by 0.5 at most",
         "  b: float64[2] in the first, float64[3] in the second",
         "  c: only in the first",
@@ -390,7 +390,7 @@ def test_like_is_compared_with_like(tmp_path, capsys):
     checkpoint(tmp_path / "one", 5, {"task": {"w": np.full(2, 7.0)}}, "weights")
     checkpoint(tmp_path / "other", 5, {"task": {"w": np.ones(2)}}, "whole", stream=None)
     code, out, _ = compare(capsys, tmp_path / "one", tmp_path / "other")
-    assert (code, out[0]) == (0, "No difference in 1 steps with checkpoints.")
+    assert (code, out[0]) == (0, "No difference in 1 step with checkpoints.")
     checkpoint(tmp_path / "other", 5, {"task": {"w": np.full(2, 8.0)}}, "weights")
     code, out, _ = compare(capsys, tmp_path / "one", tmp_path / "other")
     assert (code, out[2]) == (1, "  task/w: 2 of 2 elements differ, by 1 at most")

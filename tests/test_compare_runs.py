@@ -91,7 +91,7 @@ def test_equal_runs(runs, capsys):
     code, out, errors = compare(capsys, runs / "one", runs / "again")
     assert (code, errors) == (0, "")
     assert out == [
-        "No difference in 4 digests and 2 steps with checkpoints and 3 logged steps.",
+        "No difference in 4 digests, 2 steps with checkpoints, 3 logged steps.",
         "4 digests: all agree until step 12",
         "2 steps with checkpoints: all agree until step 10",
         "3 logged steps: all agree until step 12",

@@ -115,8 +115,7 @@ def _nothing_in_common(first: Run, second: Run) -> str:
 
 def _verdict(found: list[Comparison], parted: list[Comparison]) -> str:
     if not parted:
-        counts = [f"{one.steps} {one.what}" for one in found if one.steps]
-        return f"No difference in {' and '.join(counts)}."
+        return f"No difference in {', '.join(_count(one) for one in found if one.steps)}."
     earliest = min(parted, key=lambda one: one.parted or 0)  # of one step, that of the state
     at, (name, *others) = earliest.parted or 0, earliest.names
     # Metrics that agree do not say that the state does.
@@ -126,11 +125,16 @@ def _verdict(found: list[Comparison], parted: list[Comparison]) -> str:
     return f"The runs {when}: `{name}`{f' and {len(others)} more' if others else ''}."
 
 
+def _count(one: Comparison) -> str:
+    what = one.what if one.steps != 1 else re.sub(r"s\b", "", one.what, count=1)
+    return f"{one.steps} {what}"
+
+
 def _details(one: Comparison) -> Iterator[str]:
     if one.steps:
         until = "nothing agrees" if one.agreed is None else f"all agree until step {one.agreed}"
         then = "" if one.parted is None else f", part at step {one.parted}"
-        yield f"{one.steps} {one.what}: {until}{then}"
+        yield f"{_count(one)}: {until}{then}"
     yield from _some(one.lines)
 
 
