@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from ._fingerprint import BYTES, sampled_rows
+from ._fingerprint import BYTES, ROWS, sampled_rows
 
 _MAGIC = b"\x93NUMPY"
 
@@ -64,6 +64,7 @@ class TokenFile:
         if not self.path.is_file():
             raise FileNotFoundError(f"There is no file of tokens at `{path}`.")
         self._tokens = _mapped(self.path, dtype)
+        self._header = self.path.stat().st_size - self._tokens.nbytes
         if len(self._tokens) < length:
             raise ValueError(
                 f"The file `{path}` holds {len(self._tokens)} ids, too few for one row of "
@@ -106,8 +107,7 @@ class TokenFile:
         row = int(np.atleast_1d(np.arange(len(self))[rows])[nth])
         value = found.reshape(-1, self.length)[nth, position]
         index = row * (self.length - self.overlap) + position
-        header = self.path.stat().st_size - self._tokens.nbytes
-        byte = header + index * self.dtype.itemsize
+        byte = self._header + index * self.dtype.itemsize
         vocab = f"`vocab_size={self.vocab_size}` allows"
         bound = "fits int32" if self.vocab_size is None else vocab
         raise ValueError(
@@ -122,10 +122,12 @@ class TokenFile:
         file may be moved; another dtype, length or tokenizer is noticed, a few changed ids in a
         large file are not."""
         digest = hashlib.sha256()
-        piece = max(BYTES // 256 // self._tokens.itemsize, 1)
-        pieces = -(-len(self._tokens) // piece)
-        for number in sampled_rows(pieces):
-            digest.update(self._tokens[number * piece : (number + 1) * piece].tobytes())
+        size, piece = self._tokens.nbytes, BYTES // ROWS
+        # By reads: where the map is touched far apart, the system reads megabytes ahead each time.
+        with self.path.open("rb", buffering=0) as file:
+            for number in sampled_rows(-(-size // piece)):
+                file.seek(self._header + number * piece)
+                digest.update(file.read(piece))
         return {
             "tokens": len(self._tokens),
             "dtype": self.dtype.name,
