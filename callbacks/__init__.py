@@ -14,6 +14,7 @@ from ._gradients import GradientClipping as GradientClipping
 from ._gradients import GradientNormMonitor as GradientNormMonitor
 from ._lambda import LambdaCallback as LambdaCallback
 from ._learning_rate import LearningRateSchedule as LearningRateSchedule
+from ._loss_spike import LossSpike as LossSpike
 from ._lr_monitor import LearningRateMonitor as LearningRateMonitor
 from ._model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from ._non_finite import SkipNonFinite as SkipNonFinite
@@ -34,6 +35,7 @@ __all__ = [
     "LambdaCallback",
     "LearningRateMonitor",
     "LearningRateSchedule",
+    "LossSpike",
     "ModelCheckpoint",
     "ModelSummary",
     "Profiler",

@@ -185,6 +185,9 @@ class ModelCheckpoint(Checkpoint):
         """Begins anew, or drops what a restored state lists but the disk does not have."""
         if trainer.global_step == 0:
             self._forget()
+        self._drop_lost()
+
+    def _drop_lost(self) -> None:
         lost = sorted(name for name in self._kept() if not self._exists(name))
         self._scores = {name: score for name, score in self._scores.items() if name not in lost}
         self._last = None if self._last in lost else self._last
@@ -354,6 +357,11 @@ class ModelCheckpoint(Checkpoint):
         self._pending = state["pending"]
         self._saved_at = state["saved_at"]
         self._validated_at = state["validated_at"]
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        """Some that it lists may have been deleted since then."""
+        self.load_state_dict(state)
+        self._drop_lost()
 
 
 def _check_triggers(

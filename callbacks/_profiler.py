@@ -68,7 +68,7 @@ class Profiler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
     ) -> None:
-        if trainer.global_step == self._first:
+        if trainer.global_step == self._first and self._folder is None:
             self._start(trainer)
         elif trainer.global_step == self._first + self.num_steps:
             self._stop(trainer)

@@ -93,7 +93,7 @@ class TQDMProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, outputs: Mapping[str, Any], batch: PyTree, batch_idx: int
     ) -> None:
-        self._done = self._done + 1 if self.whole else batch_idx + 1
+        self._done = trainer.global_step if self.whole else batch_idx + 1
         if monotonic() < self._train_due or self._done % self.refresh_rate:
             return
         self._draw(trainer)

@@ -170,3 +170,6 @@ class Timer(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._spent = dict(state["time_elapsed"])
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        """Time that was spent stays spent."""

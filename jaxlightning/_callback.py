@@ -158,6 +158,11 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def take_back(self, state: dict[str, Any]) -> None:
+        """As `load_state_dict`, in the middle of a run that goes back to a checkpoint (see
+        `Trainer.rewind`). Override it to keep what is true of the process, such as time spent."""
+        self.load_state_dict(state)
+
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None: ...
     def on_load_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None: ...
 
@@ -209,8 +214,8 @@ def overrides(callback: Callback, hook: str) -> bool:
 
 
 _NOT_BROADCAST = {
-    "state_key", "state_dict", "load_state_dict", "needs_state", "monitors", "provides",
-    "evaluation_task",
+    "state_key", "state_dict", "load_state_dict", "take_back", "needs_state", "monitors",
+    "provides", "evaluation_task",
     "wrap_optimizer", "inside_step", "accept_step", "outermost",
 }  # fmt: skip
 _HOOKS = [
@@ -363,3 +368,9 @@ class Bus(Callback):
             if callback.state_key in state:
                 with _blamed(callback, "load_state_dict"):
                     callback.load_state_dict(state[callback.state_key])
+
+    def take_back(self, state: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            if callback.state_key in state:
+                with _blamed(callback, "take_back"):
+                    callback.take_back(state[callback.state_key])

@@ -96,9 +96,9 @@ class MetricStream:
         """Where an interval ends with this step: starts reading it, delivers the one before."""
         if step % self._log_every or step == self._boundary:
             return
+        self.flush()  # first, as it may raise: then this boundary is still to come
         self._boundary = step
         self._take_piece()
-        self.flush()
         self._ended = (step, self._open)
         self._open = []
 

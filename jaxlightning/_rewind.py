@@ -1,0 +1,143 @@
+"""Going back to a checkpoint in the middle of a run, and on with data that it has not seen.
+
+The state is the checkpoint's, the data position that of now. So the batches in between are
+skipped without a list of them, and a run that resumes from there skips them too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ._callback import Checkpoint
+from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
+from ._resume import checkpoint_folder, fixed_configuration, load_metrics, resume_loggers
+from ._say import say
+from ._stream import MetricStream
+
+if TYPE_CHECKING:
+    from ._fit import FitRun
+    from ._trainer import Trainer
+
+
+def rewound(trainer: Trainer, run: FitRun, stream: MetricStream) -> bool:
+    """Carries out what `Trainer.rewind` asked for; whether there was anything, and it could be.
+
+    Afterwards the run is as if the checkpoint's step had been taken on the present batch, with all
+    that a step causes still to come. At every moment of it a killed run goes on from a checkpoint
+    that leads here: from one before the rewind, until that of the rewind has been committed.
+    """
+    if run.rewind_request is None:
+        return False
+    step, reason = run.rewind_request
+    trainer.wait_for_checkpoints()
+    found = _newest_intact(trainer, run, step)
+    if found is None:
+        run.rewind_request = None
+        warnings.warn(
+            f"{reason} To go back, a checkpoint of step {step} or before is needed, and this run "
+            f"has none in {_listed(_folders(trainer))}, so it goes on as it is. Save more often "
+            "and keep older ones: `ModelCheckpoint(every_n_train_steps=100, save_top_k=-1)`.",
+            stacklevel=2,
+        )
+        return False
+    path, tree, metadata = found
+    at, then = run.position, metadata["position"]
+    skipped, undone = at.total_batches - then["total_batches"], at.step - then["step"]
+    # First of all: a resume must not prefer one of them to that of the rewind. And before the
+    # callbacks' states are restored: what they list must not be there under a name used again.
+    abandoned = _abandon(trainer, run, then["step"])
+    _restore(trainer, run, stream, tree, metadata)
+    run.rewind_request = None
+    trainer.save_checkpoint(_successor(trainer, path))
+    trainer._save_requested()
+    say(
+        f"{reason} Went back {undone} steps to step {at.step}, `{path}`, and on after batch "
+        f"{at.batches} of epoch {at.epoch}: {skipped} batches are skipped."
+        + (f" Deleted, as they were taken in between: {_listed(abandoned)}." if abandoned else "")
+    )
+    return True
+
+
+def _restore(
+    trainer: Trainer, run: FitRun, stream: MetricStream, tree: PyTree, metadata: dict[str, Any]
+) -> None:
+    """All of the checkpoint but its place in the data.
+
+    The stream is restored whole, so that every step that counts is part of one aggregate of an
+    epoch: if the checkpoint is of an earlier epoch, what it had seen of that epoch and what is
+    left of the present one are aggregated together.
+    """
+    bus = trainer._bus
+    bus.on_load_checkpoint(trainer, metadata)
+    bus.take_back(metadata["callbacks"])
+    run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+    run.position.step = metadata["position"]["step"]
+    run.position.phase = "stepped"
+    stream.load_state_dict(metadata["stream"], run.metrics_like)
+    resume_loggers(trainer, run.position.step, metadata.get("loggers", []))
+    load_metrics(trainer, metadata)
+    # Whoever still wants the run to stop says so again.
+    trainer.should_stop, trainer.stop_reason = False, None
+
+
+def _newest_intact(
+    trainer: Trainer, run: FitRun, step: int
+) -> tuple[Path, PyTree, dict[str, Any]] | None:
+    """The latest checkpoint of this run, as it is configured now, up to `step`."""
+    fixed, home = fixed_configuration(trainer), checkpoint_folder(trainer)
+    fitting = [
+        entry
+        for entry in _of_this_run(trainer, run)
+        if entry.step <= step and entry.metadata.get("fixed") == fixed  # of weights only: none
+    ]
+    order = lambda entry: (entry.step, entry.path.parent == home, entry.serial)
+    for entry in sorted(fitting, key=order, reverse=True):
+        try:
+            tree, metadata = read_checkpoint(entry.path, run.abstract_state())
+        except CheckpointDamaged as error:
+            warnings.warn(f"A damaged checkpoint is passed over: {error}", stacklevel=3)
+        else:
+            return entry.path, tree, metadata
+    return None
+
+
+def _of_this_run(trainer: Trainer, run: FitRun) -> Iterator[Entry]:
+    """Its checkpoints, in all folders that its callbacks save to. Another run's may lie beside."""
+    for folder in _folders(trainer):
+        for entry in find_checkpoints(folder):
+            if entry.metadata.get("run") == run.id:
+                yield entry
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    savers = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+    given = [getattr(callback, "dirpath", None) for callback in savers]
+    absolute = [Path(folder).absolute() for folder in given if folder is not None]
+    return list(dict.fromkeys([checkpoint_folder(trainer), *absolute]))
+
+
+def _abandon(trainer: Trainer, run: FitRun, step: int) -> list[Path]:
+    """Deletes the checkpoints of what is undone."""
+    undone = [entry.path for entry in _of_this_run(trainer, run) if entry.step > step]
+    for path in undone:
+        trainer._saver.delete_now(path)
+    return undone
+
+
+def _successor(trainer: Trainer, path: Path) -> Path:
+    """Where the rewound run is saved: in place of the checkpoint it went back to, which nobody
+    should go on from any more and whose name the callbacks know; or, if that is not where a
+    resume looks, there."""
+    home = checkpoint_folder(trainer)
+    return path if path.parent == home else home / f"rewound-step_{trainer.global_step:010d}"
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(f"`{path}`" for path in paths)
