@@ -205,7 +205,7 @@ class AlbertConfig:
         """From a file such as Hugging Face's `config.json`."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`{path}` is not valid JSON: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(

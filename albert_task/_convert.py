@@ -178,6 +178,7 @@ def from_pretrained(folder: str | Path, **options: Any) -> AlbertForMaskedLM:
 
     **Raises:** `FileNotFoundError` where a file is not there; `ValueError` as `from_tensors`.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     folder = Path(folder)
@@ -197,7 +198,13 @@ def from_pretrained(folder: str | Path, **options: Any) -> AlbertForMaskedLM:
     like = eqx.filter_eval_shape(
         lambda key: AlbertForMaskedLM.init(config, key, **options), jax.random.key(0)
     )
-    return from_tensors(load_file(folder / "model.safetensors"), like)
+    try:
+        tensors = load_file(folder / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(
+            f"`{folder / 'model.safetensors'}` is no safetensors file: {error}."
+        ) from error
+    return from_tensors(tensors, like)
 
 
 def save_pretrained(task: AlbertForMaskedLM, folder: str | Path) -> None:

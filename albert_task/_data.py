@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _FORMAT = 1
+_DTYPES = ("<u2", "<i4")  # for vocabularies up to 65,536 pieces, and larger ones
 _CHUNK = 1 << 20  # characters that are encoded at once
 
 
@@ -75,7 +76,7 @@ def encode_documents(
     folder = Path(folder)
     special = special_ids(tokenizer)
     vocab_size = tokenizer.get_vocab_size()
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")
+    dtype = np.dtype(_DTYPES[vocab_size > 1 << 16])
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -146,16 +147,21 @@ def open_tokens(
     remedy = f"Delete `{folder}`, and it is made anew."
     try:
         header = json.loads((folder / "header.json").read_text())
+        if header["dtype"] not in _DTYPES:  # an object's bytes would be taken for its address
+            raise ValueError(f"`{str(header['dtype'])[:100]}` is no dtype of tokens")
         dtype = np.dtype(header["dtype"])
-        offsets = np.load(folder / "offsets.npy")
+        # Mapped, so that what it says of its size is held against the file before memory is asked.
+        offsets = np.array(np.load(folder / "offsets.npy", mmap_mode="r"))
         size = (folder / "tokens.bin").stat().st_size
         whole = (
             header["format"] == _FORMAT
             and size == header["tokens"] * dtype.itemsize
-            and len(offsets) == header["documents"] + 1
-            and offsets[-1] == header["tokens"]
+            and (offsets.dtype, offsets.shape) == (np.int64, (header["documents"] + 1,))
+            and (offsets[0], offsets[-1]) == (0, header["tokens"])
+            and bool((np.diff(offsets) > 0).all())
         )
-    except (OSError, ValueError, KeyError) as error:
+        SpecialIds(**header["special"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"The tokens in `{folder}` are damaged: {error}. {remedy}") from None
     if not whole:
         raise ValueError(

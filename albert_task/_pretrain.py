@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._fill_mask import fill_mask
 from ._options import PretrainOptions
-from ._stages import Prepared, begin_run, write_json
+from ._stages import Prepared, begin_run, read_json, write_json
 from ._tasks import AlbertForMaskedLM
 
 SENTENCES = (
@@ -67,9 +66,8 @@ def pretrain(prepared: Prepared, trainer: Trainer) -> int:
 
 def finished(folder: Path, options: PretrainOptions) -> dict[str, Any] | None:
     """What the run came to, if there is nothing left to train."""
-    try:
-        result = json.loads((folder / "result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    result = read_json(folder / "result.json")
+    if result is None:
         return None
     if options.epochs is None:
         done = result["steps"] >= options.steps

@@ -139,9 +139,8 @@ def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) 
 
 def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
     """**Raises:** `ValueError` where training in `folder` began with other options or text."""
-    try:
-        before = json.loads((folder / "run.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    before = read_json(folder / "run.json")
+    if before is None:
         return
     differences = [
         f"{_named(name)} was {before.get(name)!r} and is {value!r}"
@@ -164,6 +163,15 @@ def _named(name: str) -> str:
 def begin_run(prepared: Prepared) -> None:
     """Writes down what the run is made of."""
     write_json(prepared.folder / "run.json", prepared.identity)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; `None` where there is no such file, or it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -235,7 +243,7 @@ def _trained_tokenizer(
     vocab_size = options.vocab_size or options.own_vocab_size or _VOCAB_SIZE
     wanted = {"text": text, "vocab_size": vocab_size}
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(made_of.read_text()) == wanted:
+        if read_json(made_of) == wanted:
             return load_tokenizer(path)
     documents, characters = size()
     every = math.ceil(characters / _TOKENIZER_CHARACTERS)

@@ -132,10 +132,12 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            at = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            what = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(
-                f"The file `{path}` is broken on line {number}, column {error.colno}: "
-                f"{error.msg}. Every line has to be one JSON object."
+                f"The file `{path}` is broken on line {number}{at}: {what}. Every line has to be "
+                "one JSON object."
             ) from None
         if not isinstance(row, dict):
             raise ValueError(

@@ -250,6 +250,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     """The number that begins at `at`, and where the next thing begins."""
     value = shift = 0
     while True:
+        if shift > 63 or at == len(data):
+            raise ValueError("it holds a number that has no end")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

@@ -42,7 +42,9 @@ class CSVLogger(LineLogger):
 
         def is_until(row: str) -> bool:
             cells = row.split(",")
-            return len(cells) == width and cells[0].isdecimal() and int(cells[0]) <= step
+            number = cells[0]
+            is_step = len(cells) == width and len(number) < 20 and number.isdecimal()
+            return is_step and int(number) <= step
 
         return [*lines[:1], *filter(is_until, lines[1:])]
 
