@@ -73,6 +73,11 @@ class EarlyStopping(MonitorCallback):
         self.stopping_reason = None
         self.stopping_message = None
 
+    def on_fit_start(self, trainer: Trainer) -> None:
+        super().on_fit_start(trainer)
+        if self.stopping_message is not None:  # a run that had been stopped stays so
+            trainer.stop(self.stopping_message)
+
     def judge(self, trainer: Trainer, value: float) -> None:
         reason, message = self._verdict(value)
         if reason is not None:
@@ -114,6 +119,7 @@ class EarlyStopping(MonitorCallback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "patience": self.patience,
             "wait_count": self.wait_count,
             "best_score": self.best_score,
             "stopped_epoch": self.stopped_epoch,
@@ -122,8 +128,10 @@ class EarlyStopping(MonitorCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """A run that had been stopped by another `patience` than this goes on."""
         self.wait_count = state["wait_count"]
         self.best_score = state["best_score"]
         self.stopped_epoch = state["stopped_epoch"]
-        self.stopping_reason = state["stopping_reason"]
-        self.stopping_message = state["stopping_message"]
+        goes_on = state["patience"] != self.patience and state["stopping_reason"] == "patience"
+        self.stopping_reason = None if goes_on else state["stopping_reason"]
+        self.stopping_message = None if goes_on else state["stopping_message"]

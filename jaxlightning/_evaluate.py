@@ -96,6 +96,7 @@ class EvalProgram:
         limit: int | None,
         before: Callable[[DeviceBatch, int], None],
         after: Callable[[Any, DeviceBatch, int], None],
+        poll: Callable[[], None],
     ) -> Iterator[list[jax.Array]]:
         """Evaluates batch by batch; `self.sums` holds the sums after the last one.
 
@@ -104,8 +105,10 @@ class EvalProgram:
         task_leaves = jax.tree.leaves(eqx.filter(task, eqx.is_array))
         kept = self._fresh()
         for shape in self.feed.shapes:
+            poll()
             leaves = jax.tree.leaves(self._abstract(shape))
             self.program.compile(kept, (task_leaves, key, leaves))
+        poll()
         pieces: list[Sums] = []
         ahead: deque[jax.Array] = deque()
         for number, batch in enumerate(self.feed.epoch(0)):
@@ -118,6 +121,7 @@ class EvalProgram:
             if len(ahead) > RUN_AHEAD:
                 ahead.popleft().block_until_ready()
             yield outputs
+            poll()
             if (number + 1) % _PIECE == 0:
                 pieces.append(self._cut(kept))
                 kept = [kept[0], *self._fresh()[1:]]

@@ -156,10 +156,11 @@ class FitRun:
         self._source.given = None
 
     def compile(self, poll: Any) -> None:
-        """Compiles for every shape the loader announces. `poll` is called in between."""
+        """Compiles for every shape the loader announces. `poll` is called around each."""
         for varying in self._dispatch.announced(self.feed.shapes, self.feed.length):
             poll()
             self.program.compile(self.leaves or self.abstract_leaves(), self._placed(varying))
+        poll()
 
     def abstract_leaves(self) -> list[jax.ShapeDtypeStruct]:
         if self._state_shardings is None:

@@ -26,11 +26,14 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
     A resumed run enters at the phase in which its checkpoint was taken.
     """
     bus, at = trainer._bus, run.position
-    if at.phase == "ended":
+    if at.phase == "ended" and at.last:
         at.end_epoch()
+    elif at.phase == "ended" and trainer._is_over():
+        return
     elif at.phase == "stepped":
         settle(trainer, run, stream)
     while at.phase != "epoch" or not trainer._is_over():
+        trainer._signals.check()
         if at.phase == "epoch":
             trainer._reload_data()
             bus.on_train_epoch_start(trainer)
@@ -38,8 +41,7 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
             train_epoch(trainer, run, stream)
         stream_epoch(trainer, stream)
         bus.on_train_epoch_end(trainer)
-        if at.last:
-            at.phase = "ended"
+        at.phase = "ended"
         bus.on_checkpoint(trainer, "epoch")
         trainer._save_requested()
         trainer._signals.poll()
@@ -154,7 +156,7 @@ def evaluate(
     for number, (name, feed) in enumerate(feeds.items()):
         program = trainer._evaluator.program(stage, name, task, feed)
         for _ in program(task, key, limit=limit, **_batch_hooks(trainer, hooks, program, number)):
-            trainer._signals.poll()
+            pass
         numbers |= computed(program.sums, f"{short}/{name}/" if name else f"{short}/")
     if limit is None:
         trainer._record(numbers)
@@ -178,7 +180,6 @@ def predict(
         for outputs in program(
             task, key, limit=None, **_batch_hooks(trainer, hooks, program, number)
         ):
-            trainer._signals.poll()
             if keep:
                 batches.append(outputs)
                 if len(batches) > RUN_AHEAD:  # read late, so that nobody waits
@@ -200,4 +201,4 @@ def _batch_hooks(
     def after(outputs: list[jax.Array], batch: DeviceBatch, index: int) -> None:
         hooks.batch_end(trainer, program.outputs(outputs), batch.batch, index, number)
 
-    return {"before": before, "after": after}
+    return {"before": before, "after": after, "poll": trainer._signals.poll}

@@ -18,12 +18,15 @@ from ._checkpoint import CheckpointStore, find_checkpoints, restore_latest
 from ._checkpoint_read import read_checkpoint, read_metadata
 from ._say import say
 from ._schedule import Position
+from ._signals import Interrupted
 from ._stream import MetricStream
 from .data._iterator_state import decode_state, encode_state
 
 if TYPE_CHECKING:
     from ._fit import FitRun
     from ._trainer import Trainer
+
+_INTERRUPTED = "interrupted-step_"
 
 
 class Saver:
@@ -33,6 +36,8 @@ class Saver:
         self._stores: dict[Path, CheckpointStore] = {}
         self._requests: list[tuple[Path, bool]] = []
         self._deletions: list[Path] = []
+        self._interrupted: list[Path] = []
+        self._latest: tuple[Path, Any] | None = None
 
     def request(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         self._requests.append((Path(path).absolute(), weights_only))
@@ -50,10 +55,40 @@ class Saver:
             if weights_only:  # what is evaluated: without the optimizer's state, averages are lost
                 tree = {"task": trainer._bus.evaluation_task(trainer, state.task)}
             metadata = checkpoint_metadata(trainer, weights_only)
-            self._store(path.parent).save(trainer.global_step, tree, metadata, name=path.name)
+            store = self._store(path.parent)
+            store.save(trainer.global_step, tree, metadata, name=path.name)
+            if not weights_only:
+                self._supersede(store, path)
+                self._latest = (path, _place(trainer._run))
         deletions, self._deletions = self._deletions, []
         for path in deletions:
             self._store(path.parent).delete(path)
+
+    def holds(self, run: FitRun, folder: Path) -> Path | None:
+        """The latest checkpoint, if it is in `folder`, the run is still where it was taken, and it
+        is on the disk, which is waited for."""
+        self.wait()
+        if self._latest is None:
+            return None
+        path, place = self._latest
+        held = path.parent == folder and place == _place(run)
+        return path if held and path.exists() else None
+
+    def goes_on_from(self, path: Path, run: FitRun) -> None:
+        """What signals left beside it up to its step is to be deleted with the next checkpoint."""
+        self._latest = (path, _place(run))
+        left, step = find_checkpoints(path.parent), run.position.step
+        self._interrupted = [
+            entry.path
+            for entry in left
+            if entry.path.name.startswith(_INTERRUPTED) and entry.step <= step
+        ]
+
+    def _supersede(self, store: CheckpointStore, by: Path) -> None:
+        found = [path for path in self._interrupted if path.parent == by.parent and path != by]
+        for path in filter(Path.exists, found):
+            store.delete(path)  # only once the one under way is committed
+        self._interrupted = [path for path in self._interrupted if path not in found]
 
     def save_now(self, trainer: Trainer) -> None:
         """As `save`, and waits until all is on the disk."""
@@ -80,9 +115,14 @@ class Saver:
         else:
             self._store(path.parent).delete(path)
 
+    def abandon(self) -> None:
+        """Gives up what is under way, so that nobody waits for it."""
+        for store in self._stores.values():
+            store.abandon()
+
     def close(self) -> None:
         """Waits, and lets go of the folders, and of what was asked for too late."""
-        self._requests, self._deletions = [], []
+        self._requests, self._deletions, self._latest = [], [], None
         stores, self._stores = self._stores, {}
         errors = []
         for store in stores.values():
@@ -92,6 +132,11 @@ class Saver:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+
+def _place(run: FitRun) -> Any:
+    """Where a run is, as far as a checkpoint that is taken there tells."""
+    return run.position.after_end()
 
 
 def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
@@ -258,6 +303,7 @@ def restore(
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     for logger in trainer.loggers:
         logger.resume(run.position.step)
+    trainer._saver.goes_on_from(path, run)
     say(f"Going on from step {run.position.step}, `{path}`.")
     return path
 
@@ -294,19 +340,26 @@ def newest_version(save_dir: str, name: str) -> int | None:
     return max(versions, default=None)
 
 
-def save_interrupted(trainer: Trainer, signal_name: str) -> None:
+def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
     """Saves where a signal stopped the run, and says how to go on."""
-    if trainer._run is None or not trainer._run.leaves or trainer._stage_entry != "fit":
+    if trainer._stage_entry != "fit":
+        return
+    if not trainer._signals.deferring:
+        say(f"{stop}: no step was taken, so there was nothing to save.")
         return
     step = trainer.global_step
     if not trainer._arguments.enable_checkpointing:
-        say(f"{signal_name} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
+        stop.goes_on = False
+        say(f"{stop} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
         return
-    path = checkpoint_folder(trainer) / f"interrupted-step_{step:010d}"
-    trainer._saver.request(path, False)
+    folder = checkpoint_folder(trainer)
+    path = trainer._saver.holds(trainer._run, folder)
+    if path is None:
+        path = folder / f"{_INTERRUPTED}{step:010d}"
+        trainer._saver.request(path, False)
     trainer._saver.save(trainer)
     trainer._saver.wait()
     say(
-        f"{signal_name}: saved step {step} to `{path}`. To go on, run the same command with "
+        f"{stop}: saved step {step} to `{path}`. To go on, run the same command with "
         f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
     )

@@ -16,7 +16,8 @@ class Position:
 
     `phase` says what is done: `"epoch"`: whole epochs; `"stepped"`: a step, but not yet all that
     it causes (log, validation, checkpoint); `"settled"`: a step and all that it causes; `"ended"`:
-    an epoch and all that its end causes, with `epoch` still its number.
+    an epoch, or the part of it with which the fit was over, and all that its end causes, with
+    `epoch` still its number.
     """
 
     step: int = 0
@@ -44,6 +45,13 @@ class Position:
         self.batches = self.window = 0
         self.last = False
         self.phase = "epoch"
+
+    def after_end(self) -> Position:
+        """A copy, which at the end of an epoch is at the start of the next one."""
+        copied = dataclasses.replace(self)
+        if copied.phase == "ended" and copied.last:
+            copied.end_epoch()
+        return copied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,26 @@
-"""SIGINT and SIGTERM as flags that the loop polls, so that a run ends between two steps."""
+"""Signals as flags that the loop polls, so that a run ends between two steps, saved."""
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
 import threading
 import types
+import warnings
 from typing import Any
+
+import jax
+
+from ._say import say
 
 
 class Interrupted(BaseException):
     """A signal asked the run to end, and it is at a point where it can."""
+
+    goes_on = True
+    """Whether the same command would go on from here, so that requeueing the job makes sense."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -17,40 +28,153 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 130 for SIGINT, 143 for SIGTERM."""
+        """The shell's convention: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1.
+
+        Not 0 for a requeued job either: the next command of its script must not take the run for
+        finished, and SLURM runs a requeued job again whatever it exits with.
+        """
         return 128 + self.signum
 
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM only sets a flag; a second SIGINT stops at once.
+    """What becomes of SIGINT, SIGTERM and, in a SLURM job, SIGUSR1 while this is entered.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    Until `defer` is called a run has nothing to save, and a signal raises `Interrupted` where it
+    arrives, so that a download or a slow loader ends at once. From then on the first signal only
+    sets a flag, which `poll` turns into `Interrupted` where the run can be saved; a second SIGINT
+    raises `KeyboardInterrupt`, and nothing is saved. Python runs handlers when the function at
+    work returns to it: while XLA compiles, a signal waits for the end of that.
+
+    On leaving, the handlers from before are put back, and `Interrupted` becomes `SystemExit`. So
+    does a signal that arrived after the last poll. Before that, the job is requeued if the signal
+    was SIGUSR1 (`#SBATCH --signal=USR1@120`), and a handler that the user had installed for the
+    signal is called, which may raise something else.
+
+    Left alone are signals that are ignored, as SIGINT is in a shell's background job; SIGUSR1 if
+    it has a handler, or outside SLURM; and all of them outside the main thread, where Python
+    allows no handlers.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._deferring = False
+        self._interrupts = 0
         self._previous: dict[int, Any] = {}
+        self._replaced: set[int] = set()
 
     def __enter__(self) -> Signals:
         self.received = None  # or the run after an interrupted one would end at once
+        self._deferring, self._interrupts = False, 0
+        self._replaced.clear()
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
+                # `None`: a handler that is not Python's, which could not be put back.
+                if signal.getsignal(signum) not in (signal.SIG_IGN, None):
+                    self._previous[signum] = signal.signal(signum, self._handle)
+            if slurm_job() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+                self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        previous, self._previous = self._previous, {}
+        for signum, handler in previous.items():
             # A handler that somebody installed over ours stays.
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler)
-        self._previous.clear()
+        if error is None and self.received is not None:
+            error = Interrupted(self.received)
+            say(f"{error}: it arrived when the run was over and all was saved.")
+        if isinstance(error, Interrupted):
+            if error.signum == signal.SIGUSR1:
+                requeue(error.goes_on)
+            handler = previous.get(error.signum)
+            if callable(handler) and handler is not signal.default_int_handler:
+                handler(error.signum, None)
+            raise SystemExit(error.exit_code) from None
 
     def _handle(self, signum: int, frame: types.FrameType | None) -> None:
-        if self.received is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt("second SIGINT: stopped without saving")
+        if signum == signal.SIGINT:
+            self._interrupts += 1
+            if self.stopped_at_once:
+                raise KeyboardInterrupt("second SIGINT: stopped without saving")
+        if self.received is not None:
+            return
         self.received = signum
+        if not self._deferring:
+            raise Interrupted(signum)
+        if signum == signal.SIGINT:
+            # Not `print`: what it writes to may be at work already, and is not reentrant.
+            os.write(2, b"\nSIGINT: saving after this step. Once more stops at once, unsaved.\n")
+
+    @property
+    def stopped_at_once(self) -> bool:
+        """Whether a second SIGINT came."""
+        return self._interrupts > 1
+
+    @property
+    def deferring(self) -> bool:
+        """Whether there is a run that can be saved."""
+        return self._deferring
+
+    def defer(self) -> None:
+        """From here on there is something to save."""
+        self._deferring = True
 
     def poll(self) -> None:
         """**Raises:** `Interrupted` once a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
+
+    def check(self) -> None:
+        """Warns, once for each signal, of a handler that has taken the place of ours."""
+        for signum in self._previous.keys() - self._replaced:
+            handler = signal.getsignal(signum)
+            if handler != self._handle:
+                self._replaced.add(signum)
+                name = signal.Signals(signum).name
+                warnings.warn(
+                    f"`{_name(handler)}` became the handler of {name} during the run, so that a "
+                    f"{name} no longer saves it. Install that handler before `fit`, which calls "
+                    "it after saving, or have it call the handler it replaces, which "
+                    "`signal.signal` returns.",
+                    stacklevel=2,
+                )
+
+
+def _name(handler: Any) -> str:
+    if isinstance(handler, signal.Handlers):
+        return f"signal.{handler.name}"
+    name = getattr(handler, "__qualname__", None)
+    return repr(handler) if name is None else f"{handler.__module__}.{name}"
+
+
+def slurm_job() -> str | None:
+    """What `scontrol` calls the SLURM job that this process belongs to."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def requeue(goes_on: bool) -> None:
+    """Puts this SLURM job back into the queue, once for all its processes, or says why not."""
+    job = slurm_job()
+    if job is None or jax.process_index() != 0:
+        return
+    if not goes_on:
+        say(f"The SLURM job {job} was not requeued: nothing was saved, so it would start anew.")
+        return
+    command = ["scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        why = f"exit status {done.returncode}: {done.stderr.strip()}" if done.returncode else ""
+    except FileNotFoundError:
+        why = "there is no `scontrol` on the `PATH`"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = re.sub(r"\.$", "", str(error))
+    if why:
+        say(
+            f"The SLURM job {job} was NOT requeued, `{' '.join(command)}` failed: {why}. "
+            "Submit it again to go on."
+        )
+    else:
+        say(f"The SLURM job {job} was requeued.")

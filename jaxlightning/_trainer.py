@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -18,16 +17,16 @@ from jaxtyping import PRNGKeyArray
 from . import _setup as setting_up
 from ._arguments import Arguments, refuse_unknown
 from ._callback import Bus, Callback
-from ._endings import note, run_all
+from ._entry import entered
 from ._evaluate import Evaluator
 from ._facts import Facts
 from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import Saver, go_back, resolve, restore, save_interrupted
+from ._resume import Saver, go_back, resolve, restore
 from ._schedule import Position, Schedule
-from ._signals import Interrupted, Signals
+from ._signals import Signals
 from ._sources import Sources
 from ._stream import MetricStream, NoStream, Numbers
 from ._task import TaskModule
@@ -209,13 +208,14 @@ class Trainer(Facts):
             )
         source = TaskSource(task)
         self._begin_fit()
-        with self._entered("fit", sources, source.task, resuming=checkpoint in ("last", "auto")):
+        with entered(self, "fit", sources, source.task, checkpoint in ("last", "auto")):
             path = None if checkpoint is None else go_back(self, checkpoint)
             feed = setting_up.open_data(self)
             self._run = run = setting_up.build_fit(self, source, task, feed)
             self._stream = stream = setting_up.make_stream(self, run)
             if checkpoint is None or restore(self, run, stream, checkpoint, path) is None:
                 run.initialise()
+            self._signals.defer()
             self._log_hyperparameters(source.task)
             self._bus.on_fit_start(self)
             run.compile(self._signals.poll)
@@ -307,7 +307,7 @@ class Trainer(Facts):
         if not isinstance(task, TaskModule):
             what = f"class `{task.__name__}`" if isinstance(task, type) else type(task).__name__
             raise TypeError(f"`{entry}` got the {what} as its task. Pass a `TaskModule`.")
-        with self._entered(entry, sources, task, resuming=False):
+        with entered(self, entry, sources, task, resuming=False):
             if path is not None:
                 task = load_weights(resolve(self, path), task)
             if not fitted or path is not None:
@@ -321,6 +321,7 @@ class Trainer(Facts):
                 )
             self._eval_feeds[kind] = feeds
             key = jax.device_put(jax.random.key(self.seed), self._placement.replicated)
+            self._signals.defer()
             with self._stage_of(entry):
                 yield task, key
 
@@ -335,57 +336,7 @@ class Trainer(Facts):
         strategy = strategy_rules(self._arguments.strategy)
         return Placement(self.mesh, [*task.partition_rules(), *strategy])
 
-    # Around an entry point
-
-    @contextlib.contextmanager
-    def _entered(
-        self, entry: str, sources: Sources, task: TaskModule, resuming: bool
-    ) -> Iterator[None]:
-        """Set-up and teardown of an entry point, and what happens when it is cut short."""
-        self._sources, self._stage_entry = sources, entry
-        setting_up.settle_versions(self.loggers, resuming)
-        status = "failed"
-        failure: BaseException | None = None
-        try:
-            with self._signals:
-                try:
-                    for logger in self.loggers:
-                        logger.check(*self._default_folder)
-                    sources.module.prepare_data()
-                    sources.module.setup(entry)
-                    self._bus = setting_up.bus_for(self, task)
-                    self._bus.setup(self, entry)
-                    yield
-                    status = "success"
-                except Interrupted as stop:
-                    status = "interrupted"
-                    save_interrupted(self, str(stop))
-                    self._bus.on_exception(self, KeyboardInterrupt(str(stop)))
-                    raise SystemExit(stop.exit_code) from None
-                except BaseException as error:
-                    failure = error
-                    self._on_exception(error)
-                    raise
-        finally:
-            self._stage_entry = self.stage = None
-            endings: list[Callable[[], Any]] = [
-                self._saver.close,
-                *(partial(logger.finalize, status) for logger in self.loggers),
-                partial(self._bus.teardown, self, entry),
-                partial(sources.module.teardown, entry),
-            ]
-            run_all(endings, failure)
-
-    def _on_exception(self, error: BaseException) -> None:
-        """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""
-        try:
-            self._bus.on_exception(self, error)
-            if self._stage_entry == "fit" and self._run is not None and self._run.leaves:
-                self._bus.on_checkpoint(self, "exception")
-                self._saver.save(self)
-            self._sources.module.on_exception(error)
-        except Exception as second:
-            note(error, second)
+    # The parts of a fit
 
     def _begin_fit(self) -> None:
         self.should_stop, self.stop_reason = False, None
@@ -462,6 +413,7 @@ class Trainer(Facts):
 
     def _save_requested(self) -> None:
         if self._saver.asked:
+            self._signals.check()
             self._stream.flush()
             for logger in self.loggers:
                 logger.save()

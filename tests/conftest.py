@@ -1,10 +1,14 @@
 """Strict modes, four virtual devices, and fixtures that several files use."""
 
 import os
+import signal
 
 import jax
 import jaxtyping
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -5,9 +5,11 @@ from pathlib import Path
 import jax
 import pytest
 from fake_trainer import FakeTrainer, script  # type: ignore[import-not-found]
+from tasks import Classifier, quiet, rows
 
+from jaxlightning import DataLoader
 from jaxlightning._callback import Bus
-from jaxlightning.callbacks import EarlyStopping
+from jaxlightning.callbacks import EarlyStopping, ModelCheckpoint
 
 RECORDED = json.loads((Path(__file__).parent / "torch_callbacks.json").read_text())["stopping"]
 
@@ -132,6 +134,28 @@ def test_resume(resumed_after):
     validation = script(values, 2)
     FakeTrainer(second, batches=2, epochs=len(values), validation=validation, **at).fit()
     assert second.state_dict() == whole.state_dict()
+
+
+def test_a_run_that_was_stopped_stays_so_unless_it_may_wait_longer(tmp_path):
+    def fit(patience):
+        callbacks = [
+            EarlyStopping("val/loss", patience=patience),
+            ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_last=True),
+        ]
+        trainer = quiet(
+            max_steps=12, val_check_interval=2, enable_checkpointing=None, callbacks=callbacks
+        )
+        # With the learning rate 0 nothing improves.
+        data = DataLoader(rows(40), 8), DataLoader(rows(8), 8)
+        trainer.fit(Classifier(lr=0.0), *data, resume="auto")
+        return trainer
+
+    assert fit(1).global_step == 4
+    again = fit(1)
+    assert again.global_step == 4
+    assert "did not improve" in again.stop_reason
+    assert fit(2).global_step == 7  # the first validation of the second epoch
+    assert fit(2).global_step == 7
 
 
 def test_another_fit_begins_anew():
