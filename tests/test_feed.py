@@ -1,6 +1,7 @@
 """From a loader to the devices: read ahead, checked, resumed."""
 
 import itertools
+import json
 import threading
 import warnings
 
@@ -13,6 +14,8 @@ from tasks import Classifier, assert_same, quiet, rows
 
 from jaxlightning import DataLoader
 from jaxlightning.callbacks import ModelCheckpoint
+from jaxlightning.data._iterator_state import decode_state, encode_state
+from jaxlightning.parallel import Placement
 
 
 class BytesIterator(StatefulIterator):
@@ -42,6 +45,66 @@ def test_batches_are_on_the_device_and_frozen():
     assert found.shapes == ((2, 1),)
     with pytest.raises(ValueError, match="read-only"):
         batch["x"][0] = 4  # on CPU, the array on the device may be this very buffer
+
+
+def aligned(rows):
+    """A buffer that a device on CPU would go on reading."""
+    held = np.zeros(rows * 4 + 64, np.uint8)
+    start = -held.ctypes.data % 64
+    return held, held[start : start + rows * 4].view(np.float32).reshape(rows, 1)
+
+
+def test_a_loader_that_writes_into_its_batch_again_is_told():
+    class Reuses(Numbers):
+        def __iter__(self):
+            buffer = np.zeros((16, 1), np.float32)
+            for i in range(self.count):
+                buffer[:] = i
+                yield {"x": buffer}
+
+    batches = feed(Reuses(3)).epoch(0)
+    assert values([next(batches)]) == [0]
+    with pytest.raises(ValueError, match="read-only") as caught:
+        next(batches)
+    assert caught.value.__notes__ == ["Raised by the training data in batch 1 of epoch 0."]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_loader_may_give_views_of_one_buffer(whole):
+    """Which are copied: to forbid writing through the view would not forbid it to the owner."""
+
+    class Views(Numbers):
+        def __iter__(self):
+            self.held, buffer = aligned(16)
+            for i in range(self.count):
+                buffer[:] = i
+                yield {"x": buffer if whole else buffer[:8]}
+
+    loader = Views(5)
+    found = list(feed(loader).epoch(0))
+    loader.held[:] = 255
+    assert values(found) == [0, 1, 2, 3, 4]
+
+
+def test_slices_of_the_users_array_leave_it_as_it_was():
+    x = np.arange(8, dtype=np.float32).reshape(8, 1)
+    found = list(feed([{"x": x[i : i + 4]} for i in (0, 4)]).epoch(0))
+    x *= 0
+    assert values(found) == [0, 4]
+
+
+def test_a_view_that_nobody_shares_is_not_copied(monkeypatch):
+    given: list = []
+    put = Placement.put
+    monkeypatch.setattr(
+        Placement, "put", lambda self, leaves: given.extend(leaves) or put(self, leaves)
+    )
+    loader = DataLoader(
+        {"x": np.ones(8, np.float32)}, 4, transform=lambda b: {"x": b["x"][:, None]}
+    )
+    list(feed(loader).epoch(0))
+    assert [leaf.base is not None for leaf in given] == [True, True]
+    assert not any(leaf.flags.writeable for leaf in given)
 
 
 def test_batches_that_lie_on_the_device_already_are_passed_through():
@@ -307,3 +370,43 @@ def test_a_fit_on_an_iterable_resumes_exactly(tmp_path, stateful):
         assert_same(fit(resume="auto"), whole)
     told = [str(w.message) for w in caught if "thrown away" in str(w.message)]
     assert len(told) == (0 if stateful else 1)
+
+
+# The states of iterators in a checkpoint
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {"next_index": 3, "deep": [1, 2.5, None, True, "x"]},
+        {"slices": {"ids": (-1, -1)}, "nested": [((1,), [2])]},
+        {1: "a", (2, 3): {"~tuple": 4}, None: b"\x00\xff"},
+        b"opaque",
+        {"~bytes": "not ours"},
+    ],
+    ids=str,
+)
+def test_states_come_back_as_they_were(state):
+    back = decode_state(json.loads(json.dumps(encode_state(state))))
+    assert back == state
+    assert repr(back) == repr(state)  # tuples are no lists, keys no strings
+
+
+def test_states_may_hold_arrays():
+    state = {
+        "x": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "n": np.int64(7),
+        "f": np.float32(0.1),
+    }
+    back = decode_state(json.loads(json.dumps(encode_state(state))))
+    np.testing.assert_array_equal(back["x"], state["x"])
+    assert back["x"].dtype == np.int16
+    assert back["x"].flags.writeable
+    assert (type(back["n"]), back["n"]) == (np.int64, 7)
+    assert (type(back["f"]), back["f"]) == (np.float32, np.float32(0.1))
+
+
+def test_a_state_that_no_checkpoint_can_keep():
+    with pytest.raises(TypeError, match=r"holds a `set`, which a checkpoint can't keep\. Let its"):
+        encode_state({"seen": {1, 2}})
