@@ -159,29 +159,59 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
 
 def _table(path: Path, column: str | None) -> Iterator[str]:
     import pyarrow as pa
+
+    row = 0
+    try:
+        for cells in _columns(path, column):
+            yield from filter(None, _strings(cells, row, path))
+            row += len(cells)
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, such as no permission
+            raise
+        where = f" from row {row} on" if row else ""
+        raise ValueError(f"`{path}` cannot be read as {path.suffix[1:]}{where}: {error}") from None
+
+
+def _columns(path: Path, column: str | None) -> Iterator[Any]:
+    """The column of text, piece by piece."""
+    import pyarrow as pa
     import pyarrow.ipc
     import pyarrow.parquet
 
+    with path.open("rb") as file:
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(file)
+            chosen = _arrow_column(table.schema_arrow, column, path)
+            for batch in table.iter_batches(columns=[chosen]):
+                yield batch.column(0)
+            return
+        try:
+            reader: Any = pa.ipc.open_stream(file)
+            batches: Iterator[Any] = iter(reader)
+        except pa.ArrowInvalid:  # the other of arrow's two layouts
+            file.seek(0)
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        chosen = _arrow_column(reader.schema, column, path)
+        for batch in batches:
+            yield batch.column(reader.schema.get_field_index(chosen))
+
+
+def _strings(cells: Any, before: int, path: Path) -> list[str | None]:
+    """**Raises:** `ValueError` with the row whose bytes are no UTF-8."""
     try:
-        with path.open("rb") as file:
-            if path.suffix == ".parquet":
-                table = pyarrow.parquet.ParquetFile(file)
-                chosen = _arrow_column(table.schema_arrow, column, path)
-                for batch in table.iter_batches(columns=[chosen]):
-                    yield from _cells(batch.column(0))
-                return
+        return cells.to_pylist()
+    except UnicodeDecodeError:
+        for number, cell in enumerate(cells):
             try:
-                reader: Any = pa.ipc.open_stream(file)
-                batches: Iterator[Any] = iter(reader)
-            except pa.ArrowInvalid:  # the other of arrow's two layouts
-                file.seek(0)
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            chosen = _arrow_column(reader.schema, column, path)
-            for batch in batches:
-                yield from _cells(batch.column(reader.schema.get_field_index(chosen)))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"`{path}` cannot be read as {path.suffix[1:]}: {error}") from None
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                raise ValueError(
+                    f"`{path}` is damaged: row {before + number} is not UTF-8 (byte 0x{byte:02x} "
+                    f"at offset {error.start} of its text)."
+                ) from None
+        raise
 
 
 def _arrow_column(schema: Any, column: str | None, path: Path) -> str:
@@ -195,10 +225,6 @@ def _large(kind: Any) -> bool:
     import pyarrow as pa
 
     return pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _cells(cells: Any) -> Iterator[str]:
-    return (text for text in cells.to_pylist() if text)
 
 
 def text_column(

@@ -41,6 +41,15 @@ def test_characters_are_predicted_better_than_by_frequency(options):
     assert loss < entropy - 0.3
 
 
+def test_packed_documents_fill_their_rows(options):
+    pytest.importorskip("grain")
+    from examples import packed_grain
+
+    found = packed_grain.main(max_epochs=2, limit=30, **options)
+    assert found["filled"] > 0.85 > 0.7 > found["alone"]
+    assert found["loss"] < 3.0
+
+
 def test_the_gan_finds_the_ring(options):
     from examples import gan
 

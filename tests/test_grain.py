@@ -133,6 +133,14 @@ def test_an_iter_dataset_begins_anew_in_every_epoch():
     assert [values(source.epoch(epoch)) for epoch in range(2)] == [[0, 5, 10]] * 2
 
 
+@pytest.mark.parametrize("make", [concatenated, loader_of_grain])
+def test_the_same_order_in_every_epoch_is_no_shuffling(make):
+    source = feed(make())
+    first = given(source.epoch(0))
+    with pytest.warns(UserWarning, match=r"is shuffled, but a `\w+` of Grain .* Write `\.repeat\("):
+        assert given(source.epoch(1)) == first
+
+
 @pytest.mark.parametrize("kind", ["MapDataset", "IterDataset", "DataLoader"])
 def test_a_pipeline_without_an_end_goes_on_over_the_epochs_of_training(kind):
     """And starts anew where epoch 0 is read again, as validation does."""

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from albert_task._text import DatasetText, TextFiles, open_dataset, text_column
@@ -141,6 +143,44 @@ def test_a_table_that_is_none_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"this is no table at all, but text")
     with pytest.raises(ValueError, match=r"cannot be read as (parquet|arrow)"):
         texts(TextFiles(tmp_path / name))
+
+
+@pytest.fixture
+def table():
+    return pa.table({"text": [f"document {i} " * 20 for i in range(1000)]})
+
+
+def test_a_table_that_is_cut_short_names_the_first_row_that_is_gone(tmp_path, table):
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"`.*a\.arrow` cannot be read as arrow from row 500 on: "):
+        texts(TextFiles(path))
+
+
+def test_a_table_that_is_damaged_is_named(tmp_path, table):
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(table, path)
+    damaged = bytearray(path.read_bytes())
+    damaged[200:240] = bytes(40)
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"`.*a\.parquet` cannot be read as parquet: "):
+        texts(TextFiles(path))
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_a_row_of_a_table_that_is_no_utf_8_is_named(tmp_path, table, kind):
+    path = tmp_path / "a.arrow"
+    new = {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[kind]
+    with pa.OSFile(str(path), "wb") as file, new(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"document 777", b"d\xffcument 777", 1))
+    with pytest.raises(
+        ValueError, match=r"is damaged: row 777 is not UTF-8 \(byte 0xff at offset 1 of its text\)"
+    ):
+        texts(TextFiles(path))
 
 
 def test_the_column_is_text_or_the_only_one_of_strings_or_the_named_one():

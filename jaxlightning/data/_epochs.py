@@ -216,6 +216,14 @@ class GrainEpochs(Epochs):
         self._running = None
 
     def _opened(self, epoch: int, start: int) -> tuple[Any, list[Read]]:
+        if epoch and grain.is_shuffled_once(self.loader):
+            warnings.warn(
+                f"The {self.name} data is shuffled, but a `{type(self.loader).__name__}` of Grain "
+                "that is iterated anew by each epoch has the same order in all of them. Write "
+                "`.repeat()` before `.to_iter_dataset()`, and `limit_train_batches=` to part the "
+                "epochs; or pass a `MapDataset`, which is shuffled anew.",
+                stacklevel=2,
+            )
         kept, self._kept = self._kept, None
         taken, restored = self._going_on()
         enters = taken if self._endless else start

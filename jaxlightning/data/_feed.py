@@ -39,8 +39,10 @@ class Feed:
 
     **Arguments:**
 
-    - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or any iterable, of
-      which an iterator with `get_state` and `set_state` resumes at once, others by replaying.
+    - `loader`: a `DataLoader`, or any object with `batches(epoch, start)`; or a pipeline of Grain,
+      of which a `MapDataset` is shuffled anew by each epoch and one that is repeated without an
+      end goes on over the epochs; or any iterable, of which an iterator with `get_state` and
+      `set_state` resumes at once, others by replaying.
       Leaves of batches may be whatever knows `__array__`, such as torch's tensors on the CPU.
       With an attribute `allow_nan` that is true its first batch may hold NaN.
     - `limit`: batches in an epoch at most: an integer, or a fraction of the loader's length.

@@ -131,6 +131,19 @@ def is_reshuffled(loader: Any) -> bool:
     return _is(loader, "MapDataset") and not is_endless(loader)
 
 
+def is_shuffled_once(loader: Any) -> bool:
+    """Whether a pipeline is shuffled, but gives that order each time it is iterated."""
+    if _is(loader, "MapDataset") or is_endless(loader):
+        return False
+    return _shuffles(loader) and not _any(loader, "RepeatMapDataset")
+
+
+def _shuffles(node: Any) -> bool:
+    shuffles = "Shuffle" in type(node).__name__
+    shuffles |= bool(getattr(getattr(node, "_sampler", None), "_shuffle", False))
+    return shuffles or any(map(_shuffles, _nodes(node)))
+
+
 def known_length(loader: Any) -> int | None:
     """Batches of an epoch, where the pipeline says how many there are."""
     if not is_reshuffled(loader) or _any(loader, "FilterMapDataset", "FlatMapMapDataset"):

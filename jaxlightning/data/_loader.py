@@ -110,9 +110,11 @@ class DataLoader:
             raise
 
     def _attempt(self, rows: Rows) -> PyTree:
-        who = (
-            f"the source, a `{type(self.source).__name__}`, which is asked for a batch at a time: "
-            "`__getitem__` gets an array of row numbers"
+        files = [file["filename"] for file in getattr(self.source, "cache_files", ())]
+        who = f"the source, a `{type(self.source).__name__}`, " + (
+            f"from {', '.join(f'`{file}`' for file in files)}"
+            if files
+            else "which is asked for a batch at a time: `__getitem__` gets an array of row numbers"
         )
         try:
             batch = self._read(rows)
