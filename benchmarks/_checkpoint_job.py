@@ -39,16 +39,19 @@ def tree(step: int, size: int) -> PyTree:
     return {"x": jnp.asarray(np.random.default_rng(step).random(size, np.float32))}
 
 
-def hold_fsync() -> None:
-    """Lets no file reach the disk before the main thread has come to its end."""
-    real = os.fsync
+def hold_fsync() -> threading.Event:
+    """Lets no file reach the disk before the main thread has come to its end; returns the event
+    that one waits for that."""
+    real, begun = os.fsync, threading.Event()
 
-    def fsync(file: int) -> None:
+    def fsync(fd: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
+            begun.set()
             threading.main_thread().join()
-        real(file)
+        real(fd)
 
     os.fsync = fsync
+    return begun
 
 
 def leave(store: Store, how: str) -> None:
@@ -125,11 +128,12 @@ def main() -> None:
         print(json.dumps(full(store, options.folder, options.how)), flush=True)
         attempt(store.close)
     else:
-        if options.held:
-            hold_fsync()
+        begun = hold_fsync() if options.held else None
         if options.action == "lose":
             limit_files(LARGE)
         store.save(2, tree(2, LARGE))
+        if begun is not None:
+            begun.wait()
         leave(store, options.how)
 
 

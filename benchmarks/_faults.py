@@ -65,8 +65,13 @@ def flip(file: str, place: int, bit: int) -> Fault:
 def truncations(region: Region, count: int) -> list[Fault]:
     """A file cut off, at `count` places from its very start to one byte before its end."""
     size = region.stop
-    kept = sorted({size * i // count for i in range(count - 1)} | {size - 1})
-    return [_replaced(region.file, f"cut to {n} bytes", lambda old, n=n: old[:n]) for n in kept]
+    return [_cut(region.file, size * i // count) for i in range(count - 1)] + [
+        _cut(region.file, size - 1)
+    ]
+
+
+def _cut(file: str, kept: int) -> Fault:
+    return _replaced(file, f"cut to {kept} bytes", lambda old: old[:kept])
 
 
 def tails(region: Region) -> list[Fault]:

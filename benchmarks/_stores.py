@@ -4,10 +4,12 @@ its defaults, as its documentation uses it. The latter needs `pip install -e '.[
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -40,7 +42,7 @@ class Store(Protocol):
 
 
 class Ours:
-    name = "ours"
+    name: ClassVar[str] = "ours"
 
     def __init__(self, root: Path):
         from jaxlightning._checkpoint import CheckpointStore
@@ -70,7 +72,7 @@ class Ours:
 
 
 class Orbax:
-    name = "orbax"
+    name: ClassVar[str] = "orbax"
 
     def __init__(self, root: Path):
         self._manager = _orbax().CheckpointManager(root.absolute())
@@ -106,7 +108,8 @@ def _orbax() -> Any:
         warnings.simplefilter("ignore")
         import orbax.checkpoint
 
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):  # the latter tells of errors that have been raised already
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return orbax.checkpoint
 
 
@@ -115,6 +118,17 @@ def seconds(call: Any, *arguments: Any) -> float:
     start = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Without what libraries log, print and warn of."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def machine() -> dict[str, Any]:

@@ -140,8 +140,9 @@ def _is_key(leaf: Any) -> bool:
 def _is_here(where: jax.sharding.Sharding, known: dict[jax.sharding.Sharding, bool]) -> bool:
     """Whether an array there lies whole in the memory of this machine, and has no way to go."""
     if where not in known:
-        device, *more = where.device_set
-        known[where] = not more and (device.platform == "cpu" or "host" in str(where.memory_kind))
+        devices: list[Any] = list(where.device_set)
+        at_hand = devices[0].platform == "cpu" or "host" in str(where.memory_kind)
+        known[where] = at_hand and len(devices) == 1
     return known[where]
 
 

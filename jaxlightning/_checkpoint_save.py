@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import logging
 import os
@@ -72,13 +73,15 @@ class Save:
         self._deletions: list[Path] | None = []
         self._deciding = threading.Lock()
         self._returning = threading.Event()
+        self._ended = threading.Event()
         self._abandoned = False
-        self._thread = threading.Thread(target=self._run, name=path.name, daemon=True)
 
     def start(self) -> None:
         _unsettled.add(self)
         try:
-            self._thread.start()
+            # `threading.Thread` would wait until the thread has had its turn: on a busy machine
+            # that is longer than the copy of the state.
+            _thread.start_new_thread(self._run, ())
         except RuntimeError:  # the interpreter is shutting down, and starts no thread any more
             self._returning.set()
             self._run()
@@ -86,8 +89,7 @@ class Save:
 
     def end(self) -> None:
         """Waits for the end."""
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._ended.wait()
 
     def join(self) -> SaveFailed | None:
         """Waits for the end; the failure, if it failed, has thereby been told."""
@@ -117,6 +119,12 @@ class Save:
         return self._failure is not None
 
     def _run(self) -> None:
+        try:
+            self._do()
+        finally:
+            self._ended.set()
+
+    def _do(self) -> None:
         self._returning.wait()  # or this thread would keep the interpreter from the one that saves
         try:
             self._write()

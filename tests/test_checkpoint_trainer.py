@@ -135,8 +135,9 @@ def test_a_folder_that_another_run_writes_into_is_refused_before_anything_is_tou
     assert metrics.read_text() == lines
 
 
-def test_a_folder_is_let_go_of_at_the_end(cut):
-    CheckpointStore(cut).close()
+def test_a_folder_is_let_go_of_at_the_end(six_steps):
+    with CheckpointStore(six_steps) as store:
+        assert store.latest().step == 6
 
 
 def test_a_fit_that_is_refused_makes_no_folder(tmp_path):
