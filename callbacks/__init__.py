@@ -21,6 +21,7 @@ from ._non_finite import SkipNonFinite as SkipNonFinite
 from ._plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from ._profiler import Profiler as Profiler
 from ._progress import TQDMProgressBar as TQDMProgressBar
+from ._replay_capsule import ReplayCapsule as ReplayCapsule
 from ._summary import ModelSummary as ModelSummary
 from ._throughput import ThroughputMonitor as ThroughputMonitor
 from ._timer import Timer as Timer
@@ -40,6 +41,7 @@ __all__ = [
     "ModelSummary",
     "Profiler",
     "ReduceLROnPlateau",
+    "ReplayCapsule",
     "SkipNonFinite",
     "TQDMProgressBar",
     "ThroughputMonitor",

@@ -1,4 +1,4 @@
-"""Steps with NaN or infinite gradients: refused, counted, and in the end fatal."""
+"""Steps that are not finite: refused, counted, and in the end fatal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class NonFiniteSteps(FloatingPointError):
 
 
 class SkipNonFinite(Callback):
-    """Refuses steps whose loss or gradient is NaN or infinite.
+    """Refuses steps whose loss, gradient or update is NaN or infinite.
 
     Such a step leaves parameters, optimizer state, averages and buffers bitwise as they were; what
     it measured counts only where its loss is finite. The step's number and the data advance. It is
@@ -71,6 +71,8 @@ class SkipNonFinite(Callback):
     `max_in_a_row` in a row. It names their batches.
     """
 
+    max_in_a_row: int
+
     def __init__(self, max_in_a_row: int = 10):
         if not isinstance(max_in_a_row, int) or max_in_a_row < 1:
             raise ValueError(
@@ -84,10 +86,7 @@ class SkipNonFinite(Callback):
     # In the step
 
     def accept_step(self, view: InsideStep) -> Bool[Array, ""]:
-        finite = jnp.isfinite(view.loss) & all_finite(view.grads)
-        if view.skipped is None:
-            return finite
-        return finite & (view.skipped.longest < self.max_in_a_row)
+        return jnp.isfinite(view.loss) & all_finite((view.grads, view.updates))
 
     def inside_step(self, view: InsideStep) -> dict[str, Any]:
         if view.skipped is None:
@@ -106,7 +105,8 @@ class SkipNonFinite(Callback):
         if stage == "fit" and trainer.barebones:
             raise ValueError(
                 "`barebones=True` reads no metrics, so nobody would hear of refused steps. Remove "
-                "`SkipNonFinite`, or write `barebones=False`."
+                "`SkipNonFinite`, or `ReplayCapsule`, which brings it along; or write "
+                "`barebones=False`."
             )
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -121,6 +121,10 @@ class SkipNonFinite(Callback):
         self._whereabouts.mark(trainer)
         # A last interval that is cut short by the end of the fit is never delivered.
         self._end_after(trainer, trainer.callback_metrics.get("train/skipped_steps_epoch"))
+
+    def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        # A run that went back goes on with other batches than it took then, and saves at once.
+        self._whereabouts.mark(trainer)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, Any], step: int) -> None:
         self._end_after(trainer, metrics.get("train/skipped_steps"))
@@ -141,10 +145,10 @@ class SkipNonFinite(Callback):
         lines = [_line(trainer, step, of(trainer, step)) for step in range(first, last + 1)]
         more = [f"\n  and {length - _SHOWN} more"] if length > _SHOWN else []
         raise NonFiniteSteps(
-            f"In {length} step{'s' if length > 1 else ''} in a row the loss or a gradient was NaN "
-            f"or infinite:{''.join(lines[:_SHOWN] + more)}\nThey were refused, so the task is as "
-            "it was before them. Look at the data, lower the learning rate, or clip with "
-            "`gradient_clip_val=1.0`. To see in which operation it appears, add the callback "
+            f"In {length} step{'s' if length > 1 else ''} in a row the loss, a gradient or an "
+            f"update was NaN or infinite:{''.join(lines[:_SHOWN] + more)}\nThey were refused, so "
+            "the task is as it was before them. Look at the data, lower the learning rate, or clip "
+            "with `gradient_clip_val=1.0`. To see in which operation it appears, add the callback "
             "`ReplayCapsule()`; to bear more, raise "
             f"`SkipNonFinite(max_in_a_row={self.max_in_a_row})`.",
             first,

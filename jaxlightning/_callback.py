@@ -59,6 +59,9 @@ class Callback:
 
     outermost: bool = False
     """Whether `wrap_optimizer` is applied after that of all other callbacks."""
+    max_in_a_row: int | None = None
+    """Of one with `accept_step`: after so many refused steps, one after the other, none is taken
+    any more, so that the state stays as it was when the host hears of them."""
 
     # Lifecycle
 
@@ -283,6 +286,8 @@ class Bus(Callback):
         self._state_readers = [c for c in self.callbacks if overrides(c, "needs_state")]
         self.observers = [c for c in self.callbacks if overrides(c, "inside_step")]
         self.judges = [c for c in self.callbacks if overrides(c, "accept_step")]
+        limits = [c.max_in_a_row for c in self.judges if c.max_in_a_row is not None]
+        self.max_in_a_row = min(limits, default=None)
         self.saves = any(overrides(c, "on_checkpoint") for c in self.callbacks)
         keys = [c.state_key for c in self.callbacks if overrides(c, "state_dict")]
         twice = sorted({key for key in keys if keys.count(key) > 1})

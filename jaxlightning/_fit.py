@@ -88,7 +88,10 @@ class FitRun:
             self._dispatch = Accumulated(accumulate)
         elif steps_per_dispatch > 1:
             self._dispatch = Block(steps_per_dispatch)
-        self._ahead: deque[jax.Array] = deque()
+        self._ahead: deque[tuple[int, jax.Array]] = deque()
+        """For each dispatch under way the step before it, and something to wait for."""
+        self.failed_window: list[DeviceBatch] | None = None
+        """The batches with which a dispatch raised, if it was not for its compilation."""
 
         build = state_builder(
             source, step.spec, step.tx, step.precision, counts_skipped=counts_skipped
@@ -269,14 +272,28 @@ class FitRun:
         """Starts the step, or steps, on these batches. Waits only for one `RUN_AHEAD` ago."""
         varying = self._dispatch.varying(window)
         self.data_state = window[-1].state
-        if self._detect_anomaly:
-            return self._watched(varying)
-        self.leaves, outputs = self.program(self.leaves, varying)
-        ahead = self._ahead
-        ahead.append(outputs[0])
-        if len(ahead) > RUN_AHEAD:
-            ahead.popleft().block_until_ready()
+        try:
+            if self._detect_anomaly:
+                return self._watched(varying)
+            self.leaves, outputs = self.program(self.leaves, varying)
+            ahead = self._ahead
+            ahead.append((self.position.step, outputs[0]))
+            if len(ahead) > RUN_AHEAD:
+                ahead[0][1].block_until_ready()
+                ahead.popleft()
+        except Exception:
+            if not self.program.compiling:
+                self.failed_window = window
+            raise
         return outputs
+
+    def tried(
+        self, state: TrainState, window: list[DeviceBatch]
+    ) -> tuple[list[jax.Array], StepOutputs]:
+        """The leaves after a step, and its metrics; `state`, which is copied, is left alone."""
+        leaves = [jnp.copy(leaf) for leaf in self.placed_leaves(self._flatten(state))]
+        leaves, outputs = self.program(leaves, self._dispatch.varying(window))
+        return leaves, self.outputs(outputs, 0 if self.takes_blocks else None)
 
     def outputs(self, leaves: list[jax.Array], index: int | None = None) -> StepOutputs:
         return StepOutputs(leaves, self._outputs_structure, index)
@@ -311,8 +328,19 @@ class FitRun:
 
     def wait(self) -> None:
         """Waits for all steps under way."""
-        self._ahead.clear()
         jax.block_until_ready(self.leaves)
+        self._ahead.clear()
+
+    def failed_ahead(self) -> tuple[int, int] | None:
+        """The steps before and up to the end of the first dispatch that failed on the device, if
+        one did. Waits for the device."""
+        for number, (before, outputs) in enumerate(self._ahead):
+            try:
+                outputs.block_until_ready()
+            except Exception:
+                following = [*self._ahead][number + 1 :][:1]
+                return before, following[0][0] if following else self.position.step
+        return None
 
     # The state
 

@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 _MARK = "part="
 _PART = re.compile(_MARK + r"([^/()]*)")
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "abs", "acos", "add", "add_any", "and", "asin", "atan2", "ceil", "clamp", "cos", "div", "eq",
     "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
     "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not",
@@ -144,7 +144,7 @@ class _Walk:
             return _ragged_dot(eqn)
         if name == "conv_general_dilated":
             return _convolution(eqn)
-        if self.elementwise and name in _ELEMENTWISE:
+        if self.elementwise and name in ELEMENTWISE:
             return math.prod(eqn.outvars[0].aval.shape)
         if self.elementwise and name in _REDUCTIONS:
             return math.prod(eqn.invars[0].aval.shape)

@@ -62,6 +62,8 @@ class Program:
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._descriptions: dict[Any, list[str]] = {}
         self._last: Callable[..., Any] | None = None
+        self.compiling = False
+        """Whether a compilation is under way, or failed."""
         self.compile_s = 0.0
         self.recompilations = 0
 
@@ -73,8 +75,10 @@ class Program:
         signature = self._signature(varying)
         if signature not in self._compiled:
             start = time.perf_counter()
+            self.compiling = True
             lowered = self.lower(kept, varying)
             self._compiled[signature] = lowered.compile(self._options)
+            self.compiling = False
             self._descriptions[signature] = list(map(describe, jax.tree.leaves(varying)))
             self.compile_s += time.perf_counter() - start
         self._last = self._last or self._compiled[signature]

@@ -184,7 +184,19 @@ def bus_for(trainer: Trainer, task: TaskModule) -> Bus:
     types = {type(callback) for callback in trainer._given_callbacks}
     brought = call_configured(task.configure_callbacks, task, "configure_callbacks")
     own = [callback for callback in brought if type(callback) not in types]
-    return Bus([*trainer._given_callbacks, *own])
+    found = [*trainer._given_callbacks, *own]
+    return Bus([*found, *_guards(trainer, task, found)])
+
+
+def _guards(trainer: Trainer, task: TaskModule, callbacks: list[Callback]) -> list[Callback]:
+    """Who refuses the step of which a `ReplayCapsule` keeps the state, unless somebody does."""
+    names = {type(callback).__name__ for callback in callbacks}
+    keeps = trainer.detect_anomaly or owns_update(task) or "SkipNonFinite" in names
+    if trainer._stage_entry != "fit" or "ReplayCapsule" not in names or keeps:
+        return []
+    from jaxlightning.callbacks import SkipNonFinite
+
+    return [SkipNonFinite(max_in_a_row=1)]
 
 
 # Data
@@ -307,7 +319,6 @@ def refuse_for_own_update(arguments: Arguments, task: TaskModule, bus: Bus) -> N
 def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> FitRun:
     """Everything about a fit that is known before the first array is computed."""
     arguments, bus, task = trainer._arguments, trainer._bus, source.task
-    concrete = given if isinstance(given, TaskModule) else task
     if owns_update(task):
         refuse_for_own_update(arguments, task, bus)
     if arguments.detect_anomaly and bus.judges:
@@ -315,6 +326,16 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
             f"`detect_anomaly=True` ends the run at the first NaN, and "
             f"`{type(bus.judges[0]).__name__}` goes on after it. Remove one of the two."
         )
+    run = make_run(trainer, source, given, feed)
+    run.plan(trainer._schedule, bus.needs_state)
+    check_names(trainer, run)
+    return run
+
+
+def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> FitRun:
+    """The step of a fit, and what it needs. `given` is the task, or the function that makes it."""
+    arguments, bus, task = trainer._arguments, trainer._bus, source.task
+    concrete = given if isinstance(given, TaskModule) else task
     tx = call_configured(lambda: task_optimizer(concrete), task, "configure_optimizers")
     if not owns_update(task):
         import optax
@@ -327,7 +348,7 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
         bus=bus,
         collect=not arguments.barebones,
     )
-    run = FitRun(
+    return FitRun(
         source=source,
         step=step,
         placement=trainer._placement_for(task),
@@ -340,9 +361,6 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
         detect_anomaly=arguments.detect_anomaly,
         compiler_options=trainer._compiler_options,
     )
-    run.plan(trainer._schedule, bus.needs_state)
-    check_names(trainer, run)
-    return run
 
 
 def check_names(trainer: Trainer, run: FitRun) -> None:

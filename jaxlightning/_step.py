@@ -110,12 +110,15 @@ class TrainStep(NamedTuple):
             loss_scale = loss_scale.adjusted(accepted)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats with counters
             updates, opt_state = self.tx.update(grads, state.opt_state, params, value=loss)
-        view = InsideStep(state.step, loss, params, grads, updates, opt_state, state.skipped)
+        view = InsideStep(state.step, loss, params, grads, updates, opt_state, None)
         if self.bus.judges:
             verdict = self.bus.accept_step(view)
             # An overflow of the loss scale is no fault of the batch.
             faultless = verdict if overflow is None else verdict | overflow
             if state.skipped is not None:
+                if self.bus.max_in_a_row is not None:
+                    goes_on = state.skipped.longest < self.bus.max_in_a_row
+                    verdict, faultless = verdict & goes_on, faultless & goes_on
                 state = state.replace(skipped=state.skipped.counted(faultless))
             loss_scale = keep_where(faultless, loss_scale, state.loss_scale)
             accepted = verdict if accepted is None else verdict & accepted

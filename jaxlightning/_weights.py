@@ -111,7 +111,7 @@ def load_from_checkpoint(
             f"`{kind.__qualname__}.load_from_checkpoint`. Call that of its own class, or take its "
             "arrays on purpose: `warm_start(path, task)`."
         )
-    hyperparameters = {**_tuples(manifest.metadata["hyperparameters"]), **changed}
+    hyperparameters = {**with_tuples(manifest.metadata["hyperparameters"]), **changed}
     task: Any = TaskSource(lambda key: make(hyperparameters, key)).task
     stored = manifest.scalars
     scalars = {f"task/{name}": leaf for name, leaf in named_leaves(task) if is_scalar(leaf)}
@@ -242,8 +242,8 @@ def _examples(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in list(names)[:3]) or "nothing"
 
 
-def _tuples(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
     """JSON's lists as tuples: static fields have to have a hash, which lists have not."""
     if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+        return {name: with_tuples(item) for name, item in value.items()}
+    return tuple(map(with_tuples, value)) if isinstance(value, list) else value

@@ -53,14 +53,16 @@ def test_equals_a_run_on_the_good_batches_alone():
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_each_entry_and_the_loss_are_looked_at(bad):
-    def accepts(loss, grads):
-        view = InsideStep(jnp.int32(0), jnp.float32(loss), None, grads, None, None, None)
+    def accepts(loss, grads, updates=None):
+        view = InsideStep(jnp.int32(0), jnp.float32(loss), None, grads, updates, None, None)
         return bool(SkipNonFinite().accept_step(view))
 
     good = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
     assert accepts(1.0, good)
     assert not accepts(bad, good)
-    assert not accepts(1.0, good | {"b": good["b"].at[1, 0].set(bad)})
+    poisoned = good | {"b": good["b"].at[1, 0].set(bad)}
+    assert not accepts(1.0, poisoned)
+    assert not accepts(1.0, good, poisoned)
 
 
 def test_finite_gradients_whose_squares_overflow_are_fine():
@@ -123,7 +125,7 @@ def test_too_many_in_a_row_end_the_run_and_are_named(steps_per_dispatch):
     # Two, then three in a row; steps are numbered from 1. Metrics come an interval late.
     error, trainer = fit({2, 3, 8, 9, 10}, steps_per_dispatch=steps_per_dispatch)
     assert named(error) == [(str(i + 1), f"batch {i} of epoch 0") for i in (8, 9, 10)]
-    assert "In 3 steps in a row the loss" in str(error)
+    assert "In 3 steps in a row the loss, a gradient or an update was NaN" in str(error)
     assert "`gradient_clip_val=1.0`" in str(error)
     assert "the callback `ReplayCapsule()`" in str(error)
     (note,) = error.__notes__

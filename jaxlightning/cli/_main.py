@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._checkpoint_files import CheckpointError
-from . import _checkpoint, _compare
+from . import _checkpoint, _compare, _replay
 from ._runs import RunError
 
-_COMMANDS = (_checkpoint, _compare)
+_COMMANDS = (_checkpoint, _compare, _replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
