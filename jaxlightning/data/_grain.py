@@ -4,7 +4,6 @@ has done so."""
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import signal
 import sys
 import weakref
@@ -237,6 +236,8 @@ class Workers:
         return (batch for batch in batches if self._look())
 
     def _look(self) -> bool:
+        import multiprocessing
+
         self._seen |= {process.pid: process for process in multiprocessing.active_children()}
         return True
 
