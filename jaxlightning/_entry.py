@@ -54,6 +54,7 @@ def entered(
                 trainer._saver.abandon()
             endings: list[Callable[[], Any]] = [
                 trainer._saver.close,
+                partial(setting_up.close_data, trainer),
                 *(partial(logger.finalize, status) for logger in trainer.loggers),
                 partial(trainer._bus.teardown, trainer, entry),
                 partial(sources.module.teardown, entry),
