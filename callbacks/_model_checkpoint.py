@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlightning._callback import Checkpoint
 from jaxlightning._checkpoint import check_writable
+from jaxlightning._checkpoint_manifest import NAME
 
 from ._announce import announce
 from ._filename import FilenameTemplate
@@ -349,6 +350,14 @@ class ModelCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        named = [*dict(state["scores"]), state["last"], state["newest"], *state["replaced"]]
+        for name in named:
+            # What they name may be deleted, so they may not be paths to anywhere.
+            if name is not None and not NAME.fullmatch(name):
+                raise ValueError(
+                    f"`{name}` is no name of a checkpoint, but the state of `ModelCheckpoint` "
+                    "that is to be restored lists it. It was not written by `ModelCheckpoint`."
+                )
         self._scores = dict(state["scores"])
         self._last = state["last"]
         self._newest = state["newest"]

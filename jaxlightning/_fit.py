@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import equinox as eqx
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._checks import traced
+from ._configuration import described
 from ._dispatch import Accumulated, Block, Dispatch, Single
 from ._init import TaskSource, empty_metrics, state_builder, strong
 from ._metrics import Metric
@@ -74,6 +77,9 @@ class FitRun:
         detect_anomaly: bool = False,
         compiler_options: dict[str, Any] | None = None,
     ):
+        self.id = uuid.uuid4().hex
+        """Told by it, checkpoints of this run, which a resumed run is, differ from others'."""
+        self.rewind_request: tuple[int, str] | None = None
         self.feed = feed
         self.placement = placement
         self.position = Position()
@@ -226,6 +232,14 @@ class FitRun:
                     f"to {leaf.dtype}{list(leaf.shape)}. A step keeps shapes and dtypes."
                 )
         return [leaves[path] for path in self.paths]
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """All of the task and its optimizer that is no array, for `_resume.check_unchanged`."""
+        return {
+            "task": described(self._static.task),
+            "optimizer": described(self.train_step.tx),
+        }
 
     # Step by step
 

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from ._evaluate import gather, inference
 from ._fit import RUN_AHEAD, FitRun
+from ._rewind import rewound
 from ._stream import MetricStream, Numbers, computed
 from ._task import TaskModule
 from .data import DeviceBatch, Feed
@@ -30,7 +31,7 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         at.end_epoch()
     elif at.phase == "ended" and trainer._is_over():
         return
-    elif at.phase == "stepped":
+    elif at.phase == "stepped" or rewound(trainer, run, stream):
         settle(trainer, run, stream)
     while at.phase != "epoch" or not trainer._is_over():
         trainer._signals.check()
@@ -92,17 +93,26 @@ def run_block(trainer: Trainer, run: FitRun, window: list[DeviceBatch], last: bo
 
 
 def settle(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
-    """All that a step causes: step ▸ log ▸ validate if due ▸ monitors ▸ checkpoints last."""
+    """All that a step causes: step ▸ log ▸ validate if due ▸ monitors ▸ checkpoints last.
+
+    Where a log makes somebody ask for a rewind, that comes next, and then what the step that the
+    run went back to causes here: nothing is validated or saved that is known to be undone.
+    """
     bus, at = trainer._bus, run.position
     stream.after_step(at.step)
-    if trainer._validation_due():
+    validates = trainer._validation_due()
+    # The end of an epoch or of the fit would flush later; a rewind then would find the data closed.
+    if validates or bus.needs_state(at.step) or at.last or trainer._is_over():
         stream.flush()
+    if run.rewind_request is not None and rewound(trainer, run, stream):
+        return settle(trainer, run, stream)
+    if validates:
         validate_in_fit(trainer, run)
-    elif bus.needs_state(at.step):
-        stream.flush()
     at.phase = "settled"
     bus.on_checkpoint(trainer, "step")
     trainer._save_requested()
+    if run.rewind_request is not None and rewound(trainer, run, stream):
+        settle(trainer, run, stream)
 
 
 def stream_epoch(trainer: Trainer, stream: MetricStream) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 
-from ._checkpoint import CheckpointStore, find_checkpoints, restore_latest
-from ._checkpoint_read import read_checkpoint, read_metadata
+from ._callback import Checkpoint
+from ._checkpoint import CheckpointStore, find_checkpoints, latest_checkpoint, restore_latest
+from ._checkpoint_manifest import plain
+from ._checkpoint_manifest import versions as package_versions
+from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
+from ._configuration import differences
 from ._say import say
 from ._schedule import Position
 from ._signals import Interrupted
@@ -97,6 +103,10 @@ class Saver:
         finally:
             self.close()
 
+    def reserve(self, folder: Path) -> None:
+        """Takes the lock of a folder of checkpoints until the end of the fit."""
+        self._store(folder)
+
     def _store(self, root: Path) -> CheckpointStore:
         if root not in self._stores:
             self._stores[root] = CheckpointStore(root)
@@ -113,7 +123,11 @@ class Saver:
         if self._requests:
             self._deletions.append(path)
         else:
-            self._store(path.parent).delete(path)
+            self.delete_now(path)
+
+    def delete_now(self, path: Path) -> None:
+        """Deletes a checkpoint, while none is under way."""
+        self._store(path.parent).delete(path)
 
     def abandon(self) -> None:
         """Gives up what is under way, so that nobody waits for it."""
@@ -136,30 +150,31 @@ class Saver:
 
 def _place(run: FitRun) -> Any:
     """Where a run is, as far as a checkpoint that is taken there tells."""
-    return run.position.after_end()
+    return (run.position.after_end(), run.rewind_request)
 
 
 def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
     """All of a run that is not in its state, as JSON values."""
-    import jaxlightning
-
     run, stream = trainer._run, trainer._stream
     task = run.state.task
     found: dict[str, Any] = {
         "task": type(task).__qualname__,
         "hyperparameters": task.hyperparameters(),
-        "versions": {"jaxlightning": jaxlightning.__version__, "jax": jax.__version__},
         "position": dataclasses.asdict(run.position),
+        "run": run.id,
     }
     if weights_only:
         return found
     callbacks = trainer._callback_states
     found |= {
         "stream": stream.state_dict(),
+        "metrics": {k: np.asarray(v).tolist() for k, v in trainer.callback_metrics.items()},
         "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
         "data": trainer._sources.module.state_dict(),
         "loaders": trainer._asked,
         "iterator": encode_state(run.data_state),
+        "rewind": run.rewind_request,
+        "loggers": [[type(x).__qualname__, x.state_dict()] for x in trainer.loggers],
         "fixed": fixed_configuration(trainer),
     }
     trainer._bus.on_save_checkpoint(trainer, found)
@@ -172,36 +187,51 @@ def fixed_configuration(trainer: Trainer) -> dict[str, Any]:
         name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
         for name, value in trainer.precision._asdict().items()
     }
-    return {
+    found = {
         "seed": trainer.seed,
         "precision": precision,
-        "accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "log_every_n_steps": trainer.log_every_n_steps,
+        **{name: getattr(trainer, name) for name in _FIXED},
+        **trainer._run.configuration,
         "train data": trainer._run.feed.fingerprint(),
+        "validation data": {k: feed.fingerprint() for k, feed in trainer._val_feeds.items()},
     }
+    return plain(found)  # as it comes back from JSON
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        found |= _flat(value, f"{prefix}{name}: ") if inner else {f"{prefix}{name}": value}
-    return found
+_FIXED = (
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "log_every_n_steps",
+    "steps_per_dispatch",
+    "val_check_interval",
+)
+"""Arguments of the Trainer on which the results of a run, or its decisions, depend."""
 
 
-def check_configuration(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    """**Raises:** `ValueError` that lists all that was changed since the checkpoint."""
-    before, after = _flat(saved), _flat(now)
-    changed = [
-        f"  {name}: {before.get(name, 'absent')} in the checkpoint, {after.get(name, 'absent')} now"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-    if changed:
+def check_unchanged(
+    saved: dict[str, Any], now: dict[str, Any], path: Path, allow_changes: bool
+) -> None:
+    """**Raises:** `ValueError` that lists all that was changed since the checkpoint, unless that is
+    allowed: then it is warned of, as other versions of packages are."""
+    versions = differences(read_manifest(path).versions, package_versions())
+    changed = differences(saved, now)
+    if changed and not allow_changes:
         raise ValueError(
             f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
-            "the same run:\n" + "\n".join(changed) + "\nUndo the changes, or start a new run."
+            f"the same run:{_listed(changed + versions)}\nUndo the changes; or go on in spite of "
+            "them, `fit(..., allow_changes=True)`; or start a new run with parts of the old one, "
+            "`warm_start(path, task)`."
         )
+    if changed or versions:
+        warnings.warn(
+            f"The run goes on from `{path}`, but not bit for bit as it would have gone on then:"
+            f"{_listed(changed + versions)}",
+            stacklevel=2,
+        )
+
+
+def _listed(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:
@@ -210,6 +240,18 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     dirpath = getattr(callback, "dirpath", None)
     root = trainer.log_dir or trainer.default_root_dir
     return Path(dirpath or os.path.join(root, "checkpoints")).absolute()
+
+
+def reserve(trainer: Trainer, make: bool) -> None:
+    """Refuses a second run in a folder of checkpoints: at once, with the pid of the first, and
+    before it touches what that has logged. With `make` also where there is no folder yet."""
+    if not trainer._arguments.enable_checkpointing or trainer.fast_dev_run:
+        return
+    saving = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+    given = {Path(path) for c in saving if (path := getattr(c, "dirpath", None))}
+    for folder in sorted(given | {checkpoint_folder(trainer)}):
+        if make or folder.is_dir():
+            trainer._saver.reserve(folder)
 
 
 def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
@@ -226,14 +268,15 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError(f"`ckpt_path={str(ckpt_path)!r}` does not exist.{hint}")
         return path
     trainer.wait_for_checkpoints()
+    latest = latest_checkpoint(folder) if ckpt_path == "last" else None
+    if latest is not None:
+        return latest.path
     entries = find_checkpoints(folder)
     if not entries:
         raise FileNotFoundError(
             f'`ckpt_path="{ckpt_path}"`: there is no checkpoint in `{folder}`. To start without '
             'one where there is none, write `resume="auto"`.'
         )
-    if ckpt_path == "last":
-        return entries[-1].path
     callback = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "")
     if not best and callback is not None:
@@ -272,7 +315,12 @@ def _go_back_to(trainer: Trainer, path: Path, metadata: Mapping[str, Any]) -> No
 
 
 def restore(
-    trainer: Trainer, run: FitRun, stream: MetricStream, ckpt_path: Any, path: Path | None
+    trainer: Trainer,
+    run: FitRun,
+    stream: MetricStream,
+    ckpt_path: Any,
+    path: Path | None,
+    allow_changes: bool,
 ) -> Path | None:
     """Brings a run to where the checkpoint was taken that `go_back` found; for `"auto"` to an
     earlier one if that is damaged."""
@@ -280,6 +328,7 @@ def restore(
     if ckpt_path == "auto":
         found = restore_latest(checkpoint_folder(trainer), like)
         if found is None:
+            resume_loggers(trainer, -1, [])  # forget what was killed before it could save
             return None
         tree, metadata, intact = found
         if intact != path:
@@ -289,7 +338,7 @@ def restore(
     else:
         assert path is not None
         tree, metadata = read_checkpoint(path, like)
-    check_configuration(metadata["fixed"], _as_json(fixed_configuration(trainer)), path)
+    check_unchanged(metadata["fixed"], fixed_configuration(trainer), path, allow_changes)
     bus = trainer._bus
     bus.on_load_checkpoint(trainer, metadata)
     bus.load_state_dict(metadata["callbacks"])
@@ -301,11 +350,31 @@ def restore(
     before = metadata["loaders"]["position"]["total_batches"]
     run.feed.go_on(run.position.total_batches - before, run.data_state)
     stream.load_state_dict(metadata["stream"], run.metrics_like)
-    for logger in trainer.loggers:
-        logger.resume(run.position.step)
+    resume_loggers(trainer, run.position.step, metadata.get("loggers", []))
+    load_metrics(trainer, metadata)
+    run.id = metadata["run"]
+    if metadata["rewind"] is not None:  # asked for, and not yet carried out
+        run.rewind_request = tuple(metadata["rewind"])
     trainer._saver.goes_on_from(path, run)
     say(f"Going on from step {run.position.step}, `{path}`.")
     return path
+
+
+def resume_loggers(trainer: Trainer, step: int, saved: list[Any]) -> None:
+    """Makes the loggers forget what was logged after a checkpoint that has `saved` of them."""
+    left = list(saved)
+    for logger in trainer.loggers:
+        kind = type(logger).__qualname__
+        found = next((entry for entry in left if entry[0] == kind), None)
+        if found is not None:
+            left.remove(found)
+        logger.resume(step, {} if found is None else found[1])
+
+
+def load_metrics(trainer: Trainer, metadata: Mapping[str, Any]) -> None:
+    """Makes known which metrics were known when the checkpoint was taken: monitors look at them."""
+    saved = metadata["metrics"].items()
+    trainer.callback_metrics = {k: v if np.ndim(v) == 0 else np.asarray(v) for k, v in saved}
 
 
 def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:
@@ -315,15 +384,6 @@ def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:
             f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
             f"into a task instead: `load_weights({str(path)!r}, task)`."
         )
-
-
-def _as_json(values: Any) -> Any:
-    """As a value comes back from JSON."""
-    if isinstance(values, dict):
-        return {str(k): _as_json(v) for k, v in values.items()}
-    if isinstance(values, list | tuple):
-        return [_as_json(v) for v in values]
-    return values
 
 
 def newest_version(save_dir: str, name: str) -> int | None:

@@ -24,7 +24,7 @@ from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import Saver, go_back, resolve, restore
+from ._resume import Saver, go_back, reserve, resolve, restore
 from ._schedule import Position, Schedule
 from ._signals import Signals
 from ._sources import Sources
@@ -181,6 +181,7 @@ class Trainer(Facts):
         datamodule: DataModule | None = None,
         ckpt_path: str | os.PathLike[str] | None = None,
         resume: str | None = None,
+        allow_changes: bool = False,
     ) -> _Task:
         """Trains `task`, which is left alone, and returns the trained one.
 
@@ -192,6 +193,11 @@ class Trainer(Facts):
         - `val_dataloaders`: the same, or several by name in a dict.
         - `ckpt_path`: `"last"`, `"best"` or a path: go on from there, or fail.
         - `resume`: `"auto"`: go on from the latest checkpoint, or start where there is none.
+        - `allow_changes`: go on although data, optimizer or other configuration are not those of
+          the checkpoint, with a warning that lists the differences. Arrays have to fit anyway.
+
+        A run that goes on is the run that it would have been, bit for bit, with the same versions
+        of packages and on as many devices. Limits such as `max_epochs` may be raised.
         """
         if resume not in (None, "auto"):
             raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
@@ -209,12 +215,17 @@ class Trainer(Facts):
         source = TaskSource(task)
         self._begin_fit()
         with entered(self, "fit", sources, source.task, checkpoint in ("last", "auto")):
+            reserve(self, make=False)
             path = None if checkpoint is None else go_back(self, checkpoint)
             feed = setting_up.open_data(self)
             self._run = run = setting_up.build_fit(self, source, task, feed)
             self._stream = stream = setting_up.make_stream(self, run)
-            if checkpoint is None or restore(self, run, stream, checkpoint, path) is None:
+            if (
+                checkpoint is None
+                or restore(self, run, stream, checkpoint, path, allow_changes) is None
+            ):
                 run.initialise()
+            reserve(self, make=True)
             self._signals.defer()
             self._log_hyperparameters(source.task)
             self._bus.on_fit_start(self)
@@ -424,6 +435,25 @@ class Trainer(Facts):
     def stop(self, reason: str) -> None:
         """Asks the fit to stop after this step, once `min_epochs` and `min_steps` are met."""
         self.should_stop, self.stop_reason = True, reason
+
+    def rewind(self, step: int, reason: str) -> None:
+        """Asks the fit to go back, after this step, to the latest checkpoint of `step` or before.
+
+        It goes on from there with the data that comes now: the batches taken since are skipped,
+        also by a run that resumes later. Undone are the state, the callbacks' decisions (see
+        `Callback.take_back`), what was logged, and requests to stop; checkpoints of this run that
+        were taken in between are deleted. Validation and whatever else is due now is due still.
+        Where there is no such checkpoint, that is warned of, and the fit goes on as it is.
+
+        **Arguments:**
+
+        - `reason`: a sentence to be printed with what was done.
+        """
+        if self._stage_entry != "fit" or self._run is None:
+            raise RuntimeError("`rewind` takes a fit back, and none is under way.")
+        before = self._run.rewind_request
+        if before is None or step < before[0]:
+            self._run.rewind_request = step, reason
 
     def log(self, name: str, value: Any) -> None:
         """Logs one number now, at the current step. A value on the device is waited for."""

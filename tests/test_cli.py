@@ -22,6 +22,14 @@ TREE = {
     "half": jnp.ones(4, jnp.bfloat16),
 }
 
+ONE = {
+    "seed": 1,
+    "score": float("nan"),
+    "names": ["a", "b"],
+    "task": "Net",
+    "hyperparameters": {"lr": 0.1, "sizes": [1, 2]},
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -35,8 +43,8 @@ def folder(tmp_path_factory):
         "more": np.zeros((2, 2), np.int8),
     }
     with CheckpointStore(root) as store:
-        saved(store, TREE, {"seed": 1, "score": float("nan"), "names": ["a", "b"]}, 7, "one")
-        saved(store, other, {"seed": 2, "score": float("nan"), "names": ["a"]}, 9, "other")
+        saved(store, TREE, ONE, 7, "one")
+        saved(store, other, ONE | {"seed": 2, "names": ["a"]}, 9, "other")
     (root / "notes.txt").write_text("no checkpoint")
     return root
 
@@ -67,7 +75,7 @@ def run(capsys, *arguments):
 def test_inspect_lists_all_that_a_checkpoint_holds(folder, capsys):
     code, out, _ = run(capsys, "checkpoint", "inspect", folder / "one")
     assert code == 0
-    head, arrays, metadata = out.split("\n\n")
+    head, arrays, parameters, rest = out.split("\n\n")
     lines = head.splitlines()
     assert lines[0] == str(folder / "one")
     assert lines[1].split() == ["step", "7"]
@@ -81,7 +89,14 @@ def test_inspect_lists_all_that_a_checkpoint_holds(folder, capsys):
         ["step", "int32[]", "4"],
         ["weight", "float32[2,3]", "24"],
     ]
-    found = json.loads(metadata.removeprefix("metadata\n"))
+    assert [line.split(maxsplit=1) for line in parameters.splitlines()] == [
+        ["hyper-parameters", "of Net"],
+        ["lr", "0.1"],
+        ["sizes", "[1, 2]"],
+    ]
+    assert rest == "metadata of seed, score, names, task: `--all` prints it\n"
+    _, out, _ = run(capsys, "checkpoint", "inspect", "--all", folder / "one")
+    found = json.loads(out.split("\n\n")[-1].removeprefix("metadata\n"))
     assert (found["seed"], found["names"]) == (1, ["a", "b"])
 
 

@@ -258,7 +258,7 @@ def test_versions_of_ones_own(tmp_path):
 def test_nothing_is_on_the_disk_before_the_first_write(kind, tmp_path):
     logger = kind(tmp_path / "new")
     logger.check()
-    logger.resume(5)
+    logger.resume(5, {})
     logger.save()
     logger.finalize("success")
     assert list(tmp_path.iterdir()) == []
@@ -302,7 +302,7 @@ def test_resume_forgets_what_came_after_the_checkpoint(kind, tmp_path):
     before.finalize("failed")
     after = kind(tmp_path)
     after.version = before.version
-    after.resume(20)
+    after.resume(20, {})
     for step in (30, 40):
         after.log_metrics({"loss": 2 / step}, step)
     assert_reads(
@@ -314,6 +314,31 @@ def test_resume_forgets_what_came_after_the_checkpoint(kind, tmp_path):
             {"step": 40, "loss": 2 / 40},
         ],
     )
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_records_of_the_checkpoints_own_step_are_told_apart(kind, tmp_path):
+    """What the end of an epoch logs after the checkpoint is logged again by the resumed run."""
+    before = kind(tmp_path)
+    before.log_metrics({"loss": 0.5}, 10)
+    before.log_metrics({"loss": 0.25}, 20)
+    before.log_metrics({"val": 0.125}, 20)
+    state = json.loads(json.dumps(before.state_dict()))
+    before.log_metrics({"epoch": 1.0, "stale": 1.0}, 20)
+    before.log_metrics({"loss": 8.0}, 30)
+    before.finalize("failed")
+    for _ in range(2):  # a run that is killed at once is resumed again
+        after = kind(tmp_path)
+        after.version = before.version
+        after.resume(20, state)
+        assert after.state_dict() == state
+        after.finalize("failed")
+    after.log_metrics({"epoch": 2.0}, 20)
+    of_twenty = [{"loss": 0.25}, {"val": 0.125}, {"epoch": 2.0}]
+    if kind is TensorBoardLogger:
+        of_twenty = [{name: value for record in of_twenty for name, value in record.items()}]
+    records = [{"step": 20, **record} for record in of_twenty]
+    assert_reads(after, [{"step": 10, "loss": 0.5}, *records])
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, JSONLLogger])
@@ -330,7 +355,7 @@ def test_a_last_line_cut_anywhere_is_dropped(kind, resume, tmp_path):
         path = Path(logger.path(logger.file_name))
         path.write_bytes(content[:cut])
         if resume:
-            logger.resume(30)
+            logger.resume(30, {})
             assert path.read_bytes() == content[:last]
         logger.log_metrics({"loss": 0.5, "näme": 3.0}, 30)
         assert_reads(
@@ -345,13 +370,13 @@ def test_lines_that_cannot_be_read_are_dropped_on_resume(tmp_path):
         b'{"step": 1}\n\0\0\n[1]\n{"a": 1}\n{"step": 2}\n'
     )
     Path(table.path("metrics.csv")).write_bytes(b"step,a\n1,0.5\n\0\0\n2\n2,0.25\n")
-    lines.resume(2)
-    table.resume(2)
+    lines.resume(2, {})
+    table.resume(2, {})
     assert_reads(lines, [{"step": 1}, {"step": 2}])
     assert_reads(table, [{"step": 1, "a": 0.5}, {"step": 2, "a": 0.25}])
     Path(table.path("metrics.csv")).write_bytes(b"")
     empty = CSVLogger(tmp_path, version=0)
-    empty.resume(2)
+    empty.resume(2, {})
     empty.log_metrics({"a": 1.0}, 3)
     assert_reads(empty, [{"step": 3, "a": 1.0}])
 
@@ -401,7 +426,7 @@ def test_a_logger_needs_two_methods():
     memory.log_hyperparams({"lr": 1.0})
     memory.log_metrics({"loss": 0.5}, 3)
     memory.save()
-    memory.resume(1)
+    memory.resume(1, {})
     memory.finalize("success")
     assert memory.found == [{"lr": 1.0}, (3, {"loss": 0.5})]
     assert (memory.name, memory.version, memory.log_dir) == ("", None, None)

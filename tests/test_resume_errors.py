@@ -1,10 +1,12 @@
 """What does not fit together is refused, with the differences listed."""
 
+import equinox as eqx
 import jax
+import optax
 import pytest
 from tasks import Classifier, assert_same, quiet, rows
 
-from jaxlightning import DataLoader, load_weights
+from jaxlightning import DataLoader, _resume, load_weights
 from jaxlightning.callbacks import EarlyStopping, ModelCheckpoint
 
 
@@ -47,6 +49,69 @@ def test_a_changed_model(saved):
 
     with pytest.raises(CheckpointMismatch, match="task/extra"):
         trainer(saved).fit(Wider(), loader(), ckpt_path="last")
+
+
+class Tuned(Classifier):
+    """A task whose optimizer and network are given."""
+
+    tx: object = eqx.field(static=True)
+
+    def __init__(self, tx, activation=jax.nn.relu):
+        super().__init__()
+        self.net = eqx.tree_at(lambda net: net.activation, self.net, activation)
+        self.tx = tx
+
+    def configure_optimizers(self):
+        return self.tx
+
+
+def adam(rate=0.01, steps=100, b1=0.9):
+    return optax.adamw(optax.cosine_decay_schedule(rate, steps), b1=b1)
+
+
+@pytest.fixture
+def tuned(tmp_path):
+    trainer(tmp_path).fit(Tuned(adam()), loader())
+    return tmp_path
+
+
+def test_the_same_configuration_made_anew_is_the_same(tuned):
+    trainer(tuned, max_epochs=2).fit(Tuned(adam()), loader(), ckpt_path="last")
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        (lambda: Tuned(adam(b1=0.8)), r"scale_by_adam\.update_fn: b1: 0\.9 in the .*, 0\.8 now"),
+        (lambda: Tuned(adam(steps=50)), r"decay_steps: 100\.0 in the checkpoint, 50\.0 now"),
+        (lambda: Tuned(adam(), jax.nn.tanh), r"activation: relu in the checkpoint, tanh now"),
+    ],
+)
+def test_what_is_static_is_compared_too(tuned, task, line):
+    """A restored state would fit these, and the run would be another one without a word."""
+    with pytest.raises(ValueError, match=rf"(optimizer|task): .*{line}"):
+        trainer(tuned).fit(task(), loader(), ckpt_path="last")
+
+
+def test_other_decisions_are_another_run(saved):
+    with pytest.raises(ValueError, match=r"validation data: : batch_size: absent .*, 16 now"):
+        trainer(saved).fit(Classifier(), loader(), DataLoader(rows(), 16), ckpt_path="last")
+    with pytest.raises(ValueError, match=r"log_every_n_steps: 50 in the checkpoint, 3 now"):
+        trainer(saved, log_every_n_steps=3).fit(Classifier(), loader(), ckpt_path="last")
+
+
+def test_changes_may_be_allowed_and_are_listed(saved):
+    longer = trainer(saved, max_epochs=2)
+    with pytest.warns(UserWarning, match=r"not bit for bit .*:\n  train data: seed: 0 in the .* 7"):
+        longer.fit(Classifier(), loader(seed=7), ckpt_path="last", allow_changes=True)
+    assert longer.global_step == 10
+
+
+def test_other_versions_of_packages_are_warned_of(saved, monkeypatch):
+    now = {**_resume.package_versions(), "jax": "9.9"}
+    monkeypatch.setattr(_resume, "package_versions", lambda: now)
+    with pytest.warns(UserWarning, match=rf"jax: {jax.__version__} in the checkpoint, 9\.9 now"):
+        trainer(saved, max_epochs=2).fit(Classifier(), loader(), ckpt_path="last")
 
 
 def test_no_checkpoint(tmp_path):

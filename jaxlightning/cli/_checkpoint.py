@@ -26,6 +26,7 @@ def add_command(commands: Any) -> None:
     path_help = "a checkpoint, or a folder of checkpoints"
     inspect = actions.add_parser("inspect", help="print what a checkpoint holds")
     inspect.add_argument("path", type=Path, help=path_help)
+    inspect.add_argument("--all", action="store_true", help="print all of the metadata too")
     inspect.set_defaults(run=_inspect)
     verify = actions.add_parser("verify", help="read all of it; exit code 1 if a bit is wrong")
     verify.add_argument("path", type=Path, help=path_help)
@@ -59,7 +60,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if manifest.scalars:
         print("\nnumbers that are compared, not restored")
         _print_table([(path, repr(scalar), "") for path, scalar in manifest.scalars.items()])
-    print("\nmetadata\n" + json.dumps(manifest.metadata, indent=2))
+    metadata = dict(manifest.metadata)
+    parameters = metadata.pop("hyperparameters", {})
+    if parameters:
+        print(f"\nhyper-parameters of {metadata.get('task')}")
+        _print_table([(name, json.dumps(value), "") for name, value in parameters.items()])
+    if arguments.all:
+        print("\nmetadata\n" + json.dumps(metadata, indent=2))
+    elif metadata:
+        print(f"\nmetadata of {', '.join(metadata)}: `--all` prints it")
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import os
-from typing import ClassVar, TextIO
+from collections.abc import Mapping
+from typing import Any, ClassVar, TextIO
 
 from ._logger import FileLogger, replace_file
 
@@ -77,9 +78,13 @@ class LineLogger(FileLogger):
     def _until(self, lines: list[str], step: int) -> list[str]:
         """Those lines that can be read, and are of `step` or before."""
 
-    def resume(self, step: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        file = self._written or LineFile(self._file_path)
+        return {"lines": file.count}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
         if os.path.exists(self._file_path):
-            self._rewrite(self._until(self._lines(), step))
+            self._rewrite(self._until(self._lines()[: state.get("lines")], step))
 
     def save(self) -> None:
         if self._written is not None:

@@ -49,8 +49,17 @@ class Logger(abc.ABC):
     def log_metrics(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
         """Numbers on the host, as of global step `step`."""
 
-    def resume(self, step: int) -> None:
-        """The run continues from a checkpoint taken at `step`: forgets what was logged later."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this logger, as JSON values, for `resume`."""
+        return {}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """The run continues from a checkpoint taken at `step`: forgets what was logged later.
+
+        `state` is what `state_dict` returned then, by which records of `step` itself are told
+        apart: those of the end of an epoch may have been logged after the checkpoint. Empty where
+        the checkpoint knows no such logger.
+        """
 
     def save(self) -> None:
         """Makes what was logged so far durable. Called before every checkpoint."""

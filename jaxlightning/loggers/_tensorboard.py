@@ -17,13 +17,16 @@ class TensorBoardLogger(FileLogger):
     """Writes event files: `tensorboard --logdir {save_dir}` shows them.
 
     Hyper-parameters appear in the HPARAMS tab, beside all metrics, and in `hparams.json`. After a
-    `resume`, a new event file tells TensorBoard to forget what the older ones say of later steps.
+    `resume`, a new event file tells TensorBoard to forget what the older ones say of that step and
+    of later ones, and repeats what had been logged of that step.
     """
 
     _writer: Any = None
     _flushed = 0.0
     _has_session = False
     _resumed_at: int | None = None
+    _latest: tuple[int, list[dict[str, Any]]] = (-1, [])
+    """The latest step of which something was logged, and its records."""
 
     def log_hyperparams(self, params: dict[str, Any]) -> None:
         from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
@@ -47,14 +50,24 @@ class TensorBoardLogger(FileLogger):
         from tensorboardX.proto.summary_pb2 import Summary
 
         record = as_record(metrics, step)
+        latest, records = self._latest
+        self._latest = (step, [*records, record] if step == latest else [record])
         values = [Summary.Value(tag=name, simple_value=record[name]) for name in metrics]
         self._write(step=step, summary=Summary(value=values))
         if time.monotonic() - self._flushed > _FLUSH_S:
             self.save()
 
-    def resume(self, step: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        step, records = self._latest
+        return {"step": step, "records": as_json(records)}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
         self._close()
-        self._resumed_at = step
+        known = bool(state)
+        self._resumed_at = step if known else step + 1
+        self._latest = (-1, [])
+        for record in state["records"] if known and state["step"] == step else []:
+            self.log_metrics({k: float(v) for k, v in record.items() if k != "step"}, step)
 
     def save(self) -> None:
         if self._writer is not None:
@@ -105,7 +118,7 @@ class TensorBoardLogger(FileLogger):
         writer = EventsWriter(prefix, filename_suffix=f".{older:04d}")
         # TensorBoard takes every START but a run's first for a restart, and forgets all events of
         # its step or later.
-        step = 0 if self._resumed_at is None else self._resumed_at + 1
+        step = self._resumed_at or 0
         if older == 0 or self._resumed_at is not None:
             start = SessionLog(status=SessionLog.START)
             writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
