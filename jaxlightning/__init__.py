@@ -30,5 +30,6 @@ from ._weights import load_weights as load_weights
 from ._weights import warm_start as warm_start
 from .data import DataLoader as DataLoader
 from .data import DataModule as DataModule
+from .data import TokenFile as TokenFile
 
 __version__ = "0.1.0"

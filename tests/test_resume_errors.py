@@ -76,7 +76,9 @@ def tuned(tmp_path):
 
 
 def test_the_same_configuration_made_anew_is_the_same(tuned):
-    trainer(tuned, max_epochs=2).fit(Tuned(adam()), loader(), ckpt_path="last")
+    longer = trainer(tuned, max_epochs=2)
+    longer.fit(Tuned(adam()), loader(), ckpt_path="last")
+    assert longer.global_step == 10
 
 
 @pytest.mark.parametrize(
