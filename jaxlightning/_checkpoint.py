@@ -294,9 +294,10 @@ class CheckpointStore:
         """Of the save under way, on whose thread it runs: the first one reads all manifests."""
         if self._serial is None:
             self._serial = 0
-            for path in filter(looks_like_checkpoint, self.root.iterdir()):
+            for path in self.root.iterdir():
                 with contextlib.suppress(CheckpointError, OSError):
-                    self._serial = max(self._serial, read_manifest(path).serial)
+                    if looks_like_checkpoint(path):
+                        self._serial = max(self._serial, read_manifest(path).serial)
         self._serial += 1
         return self._serial
 
