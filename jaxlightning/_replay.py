@@ -275,6 +275,8 @@ def _explained(found: Replayed, kind: str, target: Target, origins: list[Taint])
     if kind == "nan" and first.operation is not None:
         parents = [parent for parent in first.parents if parent.inf]
         infinities = Taint(False, True, parents).origins("inf") if parents else []
+        # A maximum starts with a constant -inf. Where there is another, that is not it.
+        infinities = [taint for taint in infinities if taint.operation] or infinities
     return found._replace(
         kind=kind,
         group=target.group,

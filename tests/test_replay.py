@@ -43,6 +43,7 @@ def capsules(tmp_path_factory):
 EXPECTED = {
     "log": ("nan", "loss", "log", "log(-2.9", "log"),
     "quotient": ("nan", "loss", "div", "div(0, 0) = nan", "quotient"),
+    "overflow": ("inf", "loss", "exp", "exp(1", "overflow"),
     "difference": ("nan", "loss", "sub", "sub(inf, inf) = nan", "difference"),
     "root": ("nan", "gradient", "mul", "mul(0, inf) = nan", "root"),
     "optimizer": ("nan", "update", "div", "div(0, 0) = nan", "optimizer"),
@@ -68,6 +69,21 @@ def test_the_infinities_that_a_nan_is_made_of_are_found(capsules):
     assert [taint.operation.name for taint in again.infinities] == ["div"]
     assert again.infinities[0].operation.frames[-1].line == line_of("root")
     assert "`jnp.where` chooses between values, but adds up the derivatives" in str(again)
+
+
+def test_what_fails_only_when_it_is_compiled_is_told_apart(capsules, monkeypatch):
+    monkeypatch.setattr("jaxlightning._replay._watched", lambda *arguments: [])
+    again = replay(capsules("log"), Fails)
+    assert again.kind == "compiled"
+    assert "by operation, everything is finite; compiled, it is not. Its loss is nan." in str(again)
+
+    def broken(*arguments):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr("jaxlightning._fit.FitRun.tried", broken)
+    again = replay(capsules("log"), Fails)
+    assert again.kind == "compiled"
+    assert "it fails only where it is compiled, with RuntimeError('out of registers')" in str(again)
 
 
 def test_nan_in_the_batch_is_named_with_its_row(capsules):

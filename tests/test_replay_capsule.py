@@ -2,6 +2,7 @@
 
 import collections
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from replay_job import Fails, data, line_of, loader  # type: ignore[import-not-f
 from tasks import quiet
 
 from jaxlightning import Callback, TaskModule
-from jaxlightning._capsule import CAPSULE
+from jaxlightning._capsule import CAPSULE, _taken_at
 from jaxlightning._capsule_read import ReplayError
 from jaxlightning._checkpoint import CheckpointMismatch, CheckpointStore
 from jaxlightning._checkpoint_read import load_arrays
+from jaxlightning._fit import FitRun
 from jaxlightning._replay import replay
+from jaxlightning._schedule import Position
 from jaxlightning.callbacks import (
     ExponentialMovingAverage,
     LearningRateSchedule,
@@ -207,6 +210,38 @@ def test_the_state_can_be_taken_from_a_checkpoint_that_is_named(raised, tmp_path
     assert replay(copy, Fails, checkpoint=saved).operation.name == "pure_callback"
     with pytest.raises(CheckpointMismatch):
         replay(copy, Fails, checkpoint=path)
+
+
+class Outputs:
+    def __init__(self, failed):
+        self.failed = failed
+
+    def block_until_ready(self):
+        if self.failed:
+            raise RuntimeError("the device is gone")
+
+
+@pytest.mark.parametrize(
+    ("failed", "steps"),
+    [((), None), ((4,), (4, 6)), ((6, 8), (6, 8)), ((8,), (8, 10))],
+)
+def test_of_the_dispatches_under_way_the_first_that_failed_is_found(failed, steps):
+    """As on a device that tells of it later."""
+    ahead = collections.deque((before, Outputs(before in failed)) for before in (4, 6, 8))
+    run = SimpleNamespace(_ahead=ahead, position=Position(step=10))
+    assert FitRun.failed_ahead(run) == steps
+
+
+def test_the_batches_of_the_latest_steps_are_counted_back():
+    at = Position(step=7, epoch=1, batches=13, window=1)  # the last step took one, not three
+    trainer = SimpleNamespace(
+        _run=SimpleNamespace(position=at),
+        _arguments=SimpleNamespace(accumulate_grad_batches=3),
+    )
+    found = {step: _taken_at(trainer, step) for step in (8, 7, 6, 5, 3, 2)}
+    assert {step: batches and batches[2:] for step, batches in found.items()} == {
+        8: (13, 16), 7: (12, 13), 6: (9, 12), 5: (6, 9), 3: (0, 3), 2: None
+    }  # fmt: skip
 
 
 def test_with_detect_anomaly_the_state_is_kept(tmp_path):
