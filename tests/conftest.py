@@ -34,3 +34,27 @@ def unchecked_types():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory):
+    from jobs import Jobs
+
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield jobs
+    jobs.close()
+
+
+@pytest.fixture(scope="session")
+def whole(jobs):
+    """The results of those runs of `resume_job.py` that nobody cut, by task."""
+    found = {}
+
+    def of(task):
+        if task not in found:
+            job = jobs.run(jobs.folder / task, "--task", task)
+            assert job.wait() == 0, job.err
+            found[task] = job.result
+        return found[task]
+
+    return of

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from jobs import JOB, Jobs, environment
+from jobs import JOB, environment
 from tasks import Classifier, quiet, rows
 
 from jaxlightning import DataLoader, DataModule
@@ -223,14 +223,7 @@ def test_a_sigint_after_a_sigterm_does_not(tmp_path):
     assert saved(tmp_path) == ["interrupted-step_0000000003"]
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
-    yield jobs
-    jobs.close()
-
-
-def test_a_second_sigint_does_not_wait_for_the_save_under_way(jobs, tmp_path):
+def test_a_second_sigint_does_not_wait_for_the_save_under_way(jobs, whole, tmp_path):
     """Of a disk that never answers."""
     job = jobs.start(tmp_path, "--signal", "SIGINT", "--step", 7, "--where", "step", "--stuck-disk")
     assert job.strike(signal.SIGINT, "stuck")
@@ -240,7 +233,7 @@ def test_a_second_sigint_does_not_wait_for_the_save_under_way(jobs, tmp_path):
     assert saved(tmp_path / "checkpoints")[-1] in ("epoch=0-step=4", "epoch=0-step=5")
     resumed = jobs.run(tmp_path)
     assert resumed.code == 0, resumed.err
-    assert resumed.result == jobs.run(jobs.folder / "whole").result
+    assert resumed.result == whole("mlp")
 
 
 # SLURM
@@ -265,7 +258,7 @@ def slurm(tmp_path, monkeypatch):
     return make
 
 
-def test_sigusr1_requeues_the_job_and_it_goes_on(tmp_path, slurm, jobs):
+def test_sigusr1_requeues_the_job_and_it_goes_on(tmp_path, slurm, jobs, whole):
     calls = slurm()
     command = [sys.executable, str(JOB), str(tmp_path / "run")]
     strike = ["--signal", "SIGUSR1", "--step", "7"]
@@ -276,7 +269,7 @@ def test_sigusr1_requeues_the_job_and_it_goes_on(tmp_path, slurm, jobs):
     assert "SIGUSR1: saved step 7" in cut.stderr
     assert "The SLURM job 42 was requeued." in cut.stderr
     resumed = jobs.run(tmp_path / "run")
-    assert resumed.result == jobs.run(jobs.folder / "whole").result
+    assert resumed.result == whole("mlp")
 
 
 def usr1(folder, **arguments):
