@@ -242,14 +242,19 @@ def checkpoint_folder(trainer: Trainer) -> Path:
     return Path(dirpath or os.path.join(root, "checkpoints")).absolute()
 
 
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """That one, and those that other callbacks save to."""
+    saving = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+    given = {Path(path).absolute() for c in saving if (path := getattr(c, "dirpath", None))}
+    return sorted(given | {checkpoint_folder(trainer)})
+
+
 def reserve(trainer: Trainer, make: bool) -> None:
     """Refuses a second run in a folder of checkpoints: at once, with the pid of the first, and
     before it touches what that has logged. With `make` also where there is no folder yet."""
     if not trainer._arguments.enable_checkpointing or trainer.fast_dev_run:
         return
-    saving = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-    given = {Path(path) for c in saving if (path := getattr(c, "dirpath", None))}
-    for folder in sorted(given | {checkpoint_folder(trainer)}):
+    for folder in checkpoint_folders(trainer):
         if make or folder.is_dir():
             trainer._saver.reserve(folder)
 

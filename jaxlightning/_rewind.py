@@ -15,9 +15,14 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ._callback import Checkpoint
 from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
-from ._resume import checkpoint_folder, fixed_configuration, load_metrics, resume_loggers
+from ._resume import (
+    checkpoint_folder,
+    checkpoint_folders,
+    fixed_configuration,
+    load_metrics,
+    resume_loggers,
+)
 from ._say import say
 from ._stream import MetricStream
 
@@ -42,8 +47,9 @@ def rewound(trainer: Trainer, run: FitRun, stream: MetricStream) -> bool:
         run.rewind_request = None
         warnings.warn(
             f"{reason} To go back, a checkpoint of step {step} or before is needed, and this run "
-            f"has none in {_listed(_folders(trainer))}, so it goes on as it is. Save more often "
-            "and keep older ones: `ModelCheckpoint(every_n_train_steps=100, save_top_k=-1)`.",
+            f"has none in {_listed(checkpoint_folders(trainer))}, so it goes on as it is. Save "
+            "more often and keep older ones: "
+            "`ModelCheckpoint(every_n_train_steps=100, save_top_k=-1)`.",
             stacklevel=2,
         )
         return False
@@ -110,17 +116,10 @@ def _newest_intact(
 
 def _of_this_run(trainer: Trainer, run: FitRun) -> Iterator[Entry]:
     """Its checkpoints, in all folders that its callbacks save to. Another run's may lie beside."""
-    for folder in _folders(trainer):
+    for folder in checkpoint_folders(trainer):
         for entry in find_checkpoints(folder):
             if entry.metadata.get("run") == run.id:
                 yield entry
-
-
-def _folders(trainer: Trainer) -> list[Path]:
-    savers = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-    given = [getattr(callback, "dirpath", None) for callback in savers]
-    absolute = [Path(folder).absolute() for folder in given if folder is not None]
-    return list(dict.fromkeys([checkpoint_folder(trainer), *absolute]))
 
 
 def _abandon(trainer: Trainer, run: FitRun, step: int) -> list[Path]:
