@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from digests import MASKS, reference  # type: ignore[import-not-found]
+from digests import MASKS, reference
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlightning import _digest

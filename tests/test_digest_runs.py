@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from digests import reference  # type: ignore[import-not-found]
+from digests import reference
 from tasks import FEATURES, quiet, rows
 
 from jaxlightning import Callback, DataLoader, Mean, TaskModule, buffer
@@ -231,7 +231,7 @@ def test_each_digest_is_read_an_interval_late(tmp_path, monkeypatch):
 
 
 def digest_module():
-    import jaxlightning.callbacks._digest as module  # type: ignore[import-not-found]
+    import jaxlightning.callbacks._digest as module
 
     return module
 
@@ -252,7 +252,7 @@ class Watches(Callback):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_host_does_not_wait_for_the_step_that_it_digests(tmp_path, k):
-    from test_costs_nothing import SlowForward  # type: ignore[import-not-found]
+    from test_costs_nothing import SlowForward
 
     watches = Watches()
     trainer = quiet(
