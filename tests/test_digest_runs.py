@@ -231,7 +231,7 @@ def test_each_digest_is_read_an_interval_late(tmp_path, monkeypatch):
 
 
 def digest_module():
-    import jaxlightning.callbacks._digest as module
+    import jaxlightning.callbacks._digest as module  # type: ignore[import-not-found]
 
     return module
 
@@ -252,7 +252,7 @@ class Watches(Callback):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_host_does_not_wait_for_the_step_that_it_digests(tmp_path, k):
-    from test_costs_nothing import SlowForward
+    from test_costs_nothing import SlowForward  # type: ignore[import-not-found]
 
     watches = Watches()
     trainer = quiet(
