@@ -149,7 +149,7 @@ class _Run:
         """Why the results of an operation are not finite, if a program inside it says so."""
         name, parameters = eqn.primitive.name, eqn.params
         if name == "scan":
-            return self.scan(parameters, operands, chain)
+            return self.scan(eqn, operands, chain)
         if name == "while":
             return self.loop(parameters, operands, chain)
         if name == "cond":
@@ -165,10 +165,9 @@ class _Run:
     ) -> list[Taint | None]:
         return [value.taint for value in self.program(program, operands, chain)]
 
-    def scan(
-        self, parameters: Any, operands: list[Value], chain: tuple[Link, ...]
-    ) -> list[Taint | None]:
-        first, second = parameters["num_consts"], parameters["num_carry"]
+    def scan(self, eqn: Any, operands: list[Value], chain: tuple[Link, ...]) -> list[Taint | None]:
+        parameters = eqn.params
+        first, second = _constants_and_carry(eqn)
         constants, carry = operands[:first], operands[first : first + second]
         stacked = operands[first + second :]
         collected: list[list[Taint]] = []
@@ -207,6 +206,23 @@ def _alone(jaxpr: Any, eqn: Any, arrays: list[Any]) -> list[Any]:
     }
     alone = jaxpr.replace(constvars=[], invars=list(operands), outvars=eqn.outvars, eqns=[eqn])
     return list(jaxpr_as_fun(ClosedJaxpr(alone, []))(*operands.values()))
+
+
+def _constants_and_carry(scan: Any) -> tuple[int, int]:
+    """How many of the operands of a scan are constants, and how many are carried on.
+
+    JAX has said so in other parameters with each version; but only what is cut into steps has an
+    axis more outside.
+    """
+    program = scan.params["jaxpr"]
+    inner = getattr(program, "jaxpr", program)
+
+    def whole(outside: Any, inside: Any) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(a.aval.shape) == len(b.aval.shape) for a, b in pairs)
+
+    carry = whole(scan.outvars, inner.outvars)
+    return whole(scan.invars, inner.invars) - carry, carry
 
 
 def _read(held: dict[Any, Value], atom: Any) -> Value:
