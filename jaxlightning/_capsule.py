@@ -27,7 +27,7 @@ from ._callback import overrides
 from ._checkpoint import CheckpointStore, find_checkpoints
 from ._checkpoint_read import read_metadata
 from ._precision import Precision
-from ._resume import checkpoint_folder
+from ._saver import checkpoint_folder
 from ._state import Skipped, TrainState
 from ._task import TaskModule
 from ._whereabouts import StepBatches, is_readable, rows_of

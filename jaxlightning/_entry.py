@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _setup as setting_up
 from ._endings import note, run_all
-from ._resume import save_interrupted
+from ._saver import save_interrupted
 from ._signals import Interrupted
 from ._sources import Sources
 from ._task import TaskModule

@@ -1,8 +1,7 @@
-"""Saving a run and going on with it: what a checkpoint holds, and when it is taken."""
+"""Going on with a run: which checkpoint to take, whether it fits, and how it is put back."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import warnings
@@ -12,251 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
-from ._callback import Checkpoint
-from ._checkpoint import CheckpointStore, find_checkpoints, latest_checkpoint, restore_latest
-from ._checkpoint_manifest import plain
+from ._checkpoint import find_checkpoints, latest_checkpoint, restore_latest
 from ._checkpoint_manifest import versions as package_versions
 from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
 from ._configuration import differences
+from ._saver import checkpoint_folder, fixed_configuration
 from ._say import say
 from ._schedule import Position
-from ._signals import Interrupted
 from ._stream import MetricStream
-from .data._iterator_state import decode_state, encode_state
+from .data._iterator_state import decode_state
 
 if TYPE_CHECKING:
     from ._fit import FitRun
     from ._trainer import Trainer
-
-_INTERRUPTED = "interrupted-step_"
-
-
-class Saver:
-    """Takes checkpoints of a run at its settled points, so that what they hold is consistent."""
-
-    def __init__(self) -> None:
-        self._stores: dict[Path, CheckpointStore] = {}
-        self._requests: list[tuple[Path, bool]] = []
-        self._deletions: list[Path] = []
-        self._interrupted: list[Path] = []
-        self._latest: tuple[Path, Any] | None = None
-
-    def request(self, path: str | os.PathLike[str], weights_only: bool) -> None:
-        self._requests.append((Path(path).absolute(), weights_only))
-
-    @property
-    def asked(self) -> bool:
-        return bool(self._requests)
-
-    def save(self, trainer: Trainer) -> None:
-        """Saves all that was asked for. Waits for the copy to the host only."""
-        requests, self._requests = self._requests, []
-        for path, weights_only in requests:
-            state = trainer.state
-            tree: PyTree = state
-            if weights_only:  # what is evaluated: without the optimizer's state, averages are lost
-                tree = {"task": trainer._bus.evaluation_task(trainer, state.task)}
-            metadata = checkpoint_metadata(trainer, weights_only)
-            store = self._store(path.parent)
-            store.save(trainer.global_step, tree, metadata, name=path.name)
-            if not weights_only:
-                self._supersede(store, path)
-                self._latest = (path, _place(trainer._run))
-        deletions, self._deletions = self._deletions, []
-        for path in deletions:
-            self._store(path.parent).delete(path)
-
-    def holds(self, run: FitRun, folder: Path) -> Path | None:
-        """The latest checkpoint, if it is in `folder`, the run is still where it was taken, and it
-        is on the disk, which is waited for."""
-        self.wait()
-        if self._latest is None:
-            return None
-        path, place = self._latest
-        held = path.parent == folder and place == _place(run)
-        return path if held and path.exists() else None
-
-    def goes_on_from(self, path: Path, run: FitRun) -> None:
-        """What signals left beside it up to its step is to be deleted with the next checkpoint."""
-        self._latest = (path, _place(run))
-        left, step = find_checkpoints(path.parent), run.position.step
-        self._interrupted = [
-            entry.path
-            for entry in left
-            if entry.path.name.startswith(_INTERRUPTED) and entry.step <= step
-        ]
-
-    def _supersede(self, store: CheckpointStore, by: Path) -> None:
-        found = [path for path in self._interrupted if path.parent == by.parent and path != by]
-        for path in filter(Path.exists, found):
-            store.delete(path)  # only once the one under way is committed
-        self._interrupted = [path for path in self._interrupted if path not in found]
-
-    def save_now(self, trainer: Trainer) -> None:
-        """As `save`, and waits until all is on the disk."""
-        try:
-            self.save(trainer)
-        finally:
-            self.close()
-
-    def reserve(self, folder: Path) -> None:
-        """Takes the lock of a folder of checkpoints until the end of the fit."""
-        self._store(folder)
-
-    def _store(self, root: Path) -> CheckpointStore:
-        if root not in self._stores:
-            self._stores[root] = CheckpointStore(root)
-        return self._stores[root]
-
-    def wait(self) -> None:
-        """Returns when all checkpoints are on the disk."""
-        for store in self._stores.values():
-            store.wait()
-
-    def delete(self, path: str | os.PathLike[str]) -> None:
-        """Deletes a checkpoint; while others are asked for, only after these are on the disk."""
-        path = Path(path).absolute()
-        if self._requests:
-            self._deletions.append(path)
-        else:
-            self.delete_now(path)
-
-    def delete_now(self, path: Path) -> None:
-        """Deletes a checkpoint, while none is under way."""
-        self._store(path.parent).delete(path)
-
-    def abandon(self) -> None:
-        """Gives up what is under way, so that nobody waits for it."""
-        for store in self._stores.values():
-            store.abandon()
-
-    def close(self) -> None:
-        """Waits, and lets go of the folders, and of what was asked for too late."""
-        self._requests, self._deletions, self._latest = [], [], None
-        stores, self._stores = self._stores, {}
-        errors = []
-        for store in stores.values():
-            try:
-                store.close()
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
-
-
-def _place(run: FitRun) -> Any:
-    """Where a run is, as far as a checkpoint that is taken there tells."""
-    return (run.position.after_end(), run.rewind_request)
-
-
-def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
-    """All of a run that is not in its state, as JSON values."""
-    run, stream = trainer._run, trainer._stream
-    task = run.state.task
-    found: dict[str, Any] = {
-        "task": type(task).__qualname__,
-        "hyperparameters": task.hyperparameters(),
-        "position": dataclasses.asdict(run.position),
-        "run": run.id,
-    }
-    if weights_only:
-        return found
-    callbacks = trainer._callback_states
-    found |= {
-        "stream": stream.state_dict(),
-        "metrics": {k: np.asarray(v).tolist() for k, v in trainer.callback_metrics.items()},
-        "callbacks": trainer._bus.state_dict() if callbacks is None else callbacks,
-        "data": trainer._sources.module.state_dict(),
-        "loaders": trainer._asked,
-        "iterator": encode_state(run.data_state),
-        "rewind": run.rewind_request,
-        "loggers": [[type(x).__qualname__, x.state_dict()] for x in trainer.loggers],
-        "fixed": fixed_configuration(trainer),
-    }
-    trainer._bus.on_save_checkpoint(trainer, found)
-    return found
-
-
-def fixed_configuration(trainer: Trainer) -> dict[str, Any]:
-    """What has to be equal for a resumed run to be the same run."""
-    precision = {
-        name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
-        for name, value in trainer.precision._asdict().items()
-    }
-    found = {
-        "seed": trainer.seed,
-        "precision": precision,
-        **{name: getattr(trainer, name) for name in _FIXED},
-        **trainer._run.configuration,
-        "train data": trainer._run.feed.fingerprint(),
-        "validation data": {k: feed.fingerprint() for k, feed in trainer._val_feeds.items()},
-    }
-    return plain(found)  # as it comes back from JSON
-
-
-_FIXED = (
-    "accumulate_grad_batches",
-    "check_val_every_n_epoch",
-    "log_every_n_steps",
-    "steps_per_dispatch",
-    "val_check_interval",
-)
-"""Arguments of the Trainer on which the results of a run, or its decisions, depend."""
-
-
-def check_unchanged(
-    saved: dict[str, Any], now: dict[str, Any], path: Path, allow_changes: bool
-) -> None:
-    """**Raises:** `ValueError` that lists all that was changed since the checkpoint, unless that is
-    allowed: then it is warned of, as other versions of packages are."""
-    versions = differences(read_manifest(path).versions, package_versions())
-    changed = differences(saved, now)
-    if changed and not allow_changes:
-        raise ValueError(
-            f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
-            f"the same run:{_listed(changed + versions)}\nUndo the changes; or go on in spite of "
-            "them, `fit(..., allow_changes=True)`; or start a new run with parts of the old one, "
-            "`warm_start(path, task)`."
-        )
-    if changed or versions:
-        warnings.warn(
-            f"The run goes on from `{path}`, but not bit for bit as it would have gone on then:"
-            f"{_listed(changed + versions)}",
-            stacklevel=2,
-        )
-
-
-def _listed(lines: list[str]) -> str:
-    return "".join(f"\n  {line}" for line in lines)
-
-
-def checkpoint_folder(trainer: Trainer) -> Path:
-    """Where checkpoints of this trainer go unless they are given a path."""
-    callback = trainer.checkpoint_callback
-    dirpath = getattr(callback, "dirpath", None)
-    root = trainer.log_dir or trainer.default_root_dir
-    return Path(dirpath or os.path.join(root, "checkpoints")).absolute()
-
-
-def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """That one, and those that other callbacks save to."""
-    saving = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-    given = {Path(path).absolute() for c in saving if (path := getattr(c, "dirpath", None))}
-    return sorted(given | {checkpoint_folder(trainer)})
-
-
-def reserve(trainer: Trainer, make: bool) -> None:
-    """Refuses a second run in a folder of checkpoints: at once, with the pid of the first, and
-    before it touches what that has logged. With `make` also where there is no folder yet."""
-    if not trainer._arguments.enable_checkpointing or trainer.fast_dev_run:
-        return
-    for folder in checkpoint_folders(trainer):
-        if make or folder.is_dir():
-            trainer._saver.reserve(folder)
 
 
 def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
@@ -317,6 +86,32 @@ def _go_back_to(trainer: Trainer, path: Path, metadata: Mapping[str, Any]) -> No
     asked = metadata["loaders"]
     trainer._position.__dict__.update(asked["position"])
     trainer._sources.module.load_state_dict(asked["data"])
+
+
+def check_unchanged(
+    saved: dict[str, Any], now: dict[str, Any], path: Path, allow_changes: bool
+) -> None:
+    """**Raises:** `ValueError` that lists all that was changed since the checkpoint, unless that is
+    allowed: then it is warned of, as other versions of packages are."""
+    versions = differences(read_manifest(path).versions, package_versions())
+    changed = differences(saved, now)
+    if changed and not allow_changes:
+        raise ValueError(
+            f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
+            f"the same run:{_listed(changed + versions)}\nUndo the changes; or go on in spite of "
+            "them, `fit(..., allow_changes=True)`; or start a new run with parts of the old one, "
+            "`warm_start(path, task)`."
+        )
+    if changed or versions:
+        warnings.warn(
+            f"The run goes on from `{path}`, but not bit for bit as it would have gone on then:"
+            f"{_listed(changed + versions)}",
+            stacklevel=2,
+        )
+
+
+def _listed(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def restore(
@@ -403,28 +198,3 @@ def newest_version(save_dir: str, name: str) -> int | None:
         and find_checkpoints(path / "checkpoints")
     ]
     return max(versions, default=None)
-
-
-def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
-    """Saves where a signal stopped the run, and says how to go on."""
-    if trainer._stage_entry != "fit":
-        return
-    if not trainer._signals.deferring:
-        say(f"{stop}: no step was taken, so there was nothing to save.")
-        return
-    step = trainer.global_step
-    if not trainer._arguments.enable_checkpointing:
-        stop.goes_on = False
-        say(f"{stop} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
-        return
-    folder = checkpoint_folder(trainer)
-    path = trainer._saver.holds(trainer._run, folder)
-    if path is None:
-        path = folder / f"{_INTERRUPTED}{step:010d}"
-        trainer._saver.request(path, False)
-    trainer._saver.save(trainer)
-    trainer._saver.wait()
-    say(
-        f"{stop}: saved step {step} to `{path}`. To go on, run the same command with "
-        f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
-    )

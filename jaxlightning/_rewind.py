@@ -16,13 +16,8 @@ import jax
 from jaxtyping import PyTree
 
 from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
-from ._resume import (
-    checkpoint_folder,
-    checkpoint_folders,
-    fixed_configuration,
-    load_metrics,
-    resume_loggers,
-)
+from ._resume import load_metrics, resume_loggers
+from ._saver import checkpoint_folder, checkpoint_folders, fixed_configuration
 from ._say import say
 from ._stream import MetricStream
 

@@ -24,7 +24,8 @@ from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import Saver, go_back, reserve, resolve, restore
+from ._resume import go_back, resolve, restore
+from ._saver import Saver, reserve
 from ._schedule import Position, Schedule
 from ._signals import Signals
 from ._sources import Sources
