@@ -16,7 +16,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,8 +131,12 @@ def looks_like_checkpoint(path: Path) -> bool:
     )
 
 
-def restore_latest(root: str | os.PathLike[str], like: PyTree) -> Restored | None:
+def restore_latest(
+    root: str | os.PathLike[str], like: PyTree, among: Callable[[Entry], bool] = lambda entry: True
+) -> Restored | None:
     """The checkpoint of the highest step that is intact; `None` where there never was one.
+
+    Only of those `among` which it is looked for: others are passed over without a word.
 
     Damaged ones on the way are reported by a warning and set aside as `.damaged-*`. If nothing
     is left it is a `CheckpointDamaged`, never a silent fresh start. A checkpoint that is intact
@@ -146,13 +150,13 @@ def restore_latest(root: str | os.PathLike[str], like: PyTree) -> Restored | Non
         if ours:
             _recover(root)
     entries, damaged = _sorted_out(root)
-    for entry in reversed(entries):
+    for entry in filter(among, reversed(entries)):
         folder = identity(entry.path)
         try:
             tree, metadata = read_checkpoint(entry.path, like)
         except CheckpointError as error:
             if identity(entry.path) != folder:  # deleted or replaced meanwhile, by a run
-                return restore_latest(root, like)
+                return restore_latest(root, like, among)
             if not isinstance(error, CheckpointDamaged):
                 raise
             damaged[entry.path] = str(error)
@@ -164,11 +168,14 @@ def restore_latest(root: str | os.PathLike[str], like: PyTree) -> Restored | Non
     return None
 
 
-def latest_checkpoint(root: str | os.PathLike[str]) -> Entry | None:
+def latest_checkpoint(
+    root: str | os.PathLike[str], among: Callable[[Entry], bool] = lambda entry: True
+) -> Entry | None:
     """As `restore_latest` finds it, with the same report, but by its manifest: arrays are not
     read, and so not verified."""
     root = Path(root).absolute()
-    entries, damaged = _sorted_out(root)
+    found, damaged = _sorted_out(root)
+    entries = list(filter(among, found))
     if not entries:
         _refuse_all_damaged(root, damaged)
         return None

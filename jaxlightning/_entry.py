@@ -13,6 +13,7 @@ from ._saver import save_interrupted
 from ._signals import Interrupted
 from ._sources import Sources
 from ._task import TaskModule
+from ._versions import settle_versions
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -20,21 +21,21 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def entered(
-    trainer: Trainer, entry: str, sources: Sources, task: TaskModule, resuming: bool
+    trainer: Trainer, entry: str, sources: Sources, task: TaskModule, checkpoint: Any
 ) -> Iterator[None]:
     """While `entry` runs: its callbacks and data are set up, and whatever ends it, all that was
-    opened is closed."""
+    opened is closed. `checkpoint` is what a fit goes on from, if it does."""
     trainer._sources, trainer._stage_entry = sources, entry
-    setting_up.settle_versions(trainer.loggers, resuming)
     status = "failed"
     failure: BaseException | None = None
     with trainer._signals as signals:
         try:
+            trainer._bus = setting_up.bus_for(trainer, task)
+            settle_versions(trainer, checkpoint)
             for logger in trainer.loggers:
                 logger.check(*trainer._default_folder)
             sources.module.prepare_data()
             sources.module.setup(entry)
-            trainer._bus = setting_up.bus_for(trainer, task)
             trainer._bus.setup(trainer, entry)
             yield
             signals.poll()

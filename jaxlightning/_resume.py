@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,11 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ._checkpoint import find_checkpoints, latest_checkpoint, restore_latest
+from ._checkpoint import Entry, find_checkpoints, latest_checkpoint, restore_latest
 from ._checkpoint_manifest import versions as package_versions
 from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
 from ._configuration import differences
-from ._saver import checkpoint_folder, fixed_configuration
+from ._saver import checkpoint_folder, fixed_configuration, goes_on
 from ._say import say
 from ._schedule import Position
 from ._stream import MetricStream
@@ -28,8 +27,11 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 
-def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
-    """The path that `"last"`, `"best"` or a path stands for.
+def resolve(
+    trainer: Trainer, ckpt_path: str | os.PathLike[str], among: Callable[[Entry], bool]
+) -> Path:
+    """The path that `"last"`, of those `among` which one is looked for, `"best"` or a path stands
+    for.
 
     **Raises:** `FileNotFoundError` where there is no such checkpoint.
     """
@@ -42,7 +44,7 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError(f"`ckpt_path={str(ckpt_path)!r}` does not exist.{hint}")
         return path
     trainer.wait_for_checkpoints()
-    latest = latest_checkpoint(folder) if ckpt_path == "last" else None
+    latest = latest_checkpoint(folder, among) if ckpt_path == "last" else None
     if latest is not None:
         return latest.path
     entries = find_checkpoints(folder)
@@ -51,6 +53,8 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str]) -> Path:
             f'`ckpt_path="{ckpt_path}"`: there is no checkpoint in `{folder}`. To start without '
             'one where there is none, write `resume="auto"`.'
         )
+    if ckpt_path == "last":
+        return entries[-1].path  # of weights only, which is said when it is looked into
     callback = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "")
     if not best and callback is not None:
@@ -72,10 +76,12 @@ def go_back(trainer: Trainer, ckpt_path: Any) -> Path | None:
     """Finds the checkpoint to go on from, `"auto"`: the latest one, if any, and brings the data
     module to where its loaders were asked for, which is before a run can be built."""
     if ckpt_path != "auto":
-        path = resolve(trainer, ckpt_path)
+        path = resolve(trainer, ckpt_path, goes_on)
         _go_back_to(trainer, path, read_metadata(path))
         return path
-    for entry in find_checkpoints(checkpoint_folder(trainer))[-1:]:
+    entries = find_checkpoints(checkpoint_folder(trainer))
+    # If there are weights only, that is an error: to begin anew would not be what was asked for.
+    for entry in [*filter(goes_on, entries)][-1:] or entries[-1:]:
         _go_back_to(trainer, entry.path, entry.metadata)
         return entry.path
     return None
@@ -126,7 +132,7 @@ def restore(
     earlier one if that is damaged."""
     like = run.abstract_state()
     if ckpt_path == "auto":
-        found = restore_latest(checkpoint_folder(trainer), like)
+        found = restore_latest(checkpoint_folder(trainer), like, goes_on)
         if found is None:
             resume_loggers(trainer, -1, [])  # forget what was killed before it could save
             return None
@@ -165,10 +171,10 @@ def resume_loggers(trainer: Trainer, step: int, saved: list[Any]) -> None:
     left = list(saved)
     for logger in trainer.loggers:
         kind = type(logger).__qualname__
-        found = next((entry for entry in left if entry[0] == kind), None)
+        found = next((entry for entry in left if entry["kind"] == kind), None)
         if found is not None:
             left.remove(found)
-        logger.resume(step, {} if found is None else found[1])
+        logger.resume(step, {} if found is None else found["state"])
 
 
 def load_metrics(trainer: Trainer, metadata: Mapping[str, Any]) -> None:
@@ -184,17 +190,3 @@ def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:
             f"The checkpoint `{path}` holds weights only, so no run can go on from it. Load it "
             f"into a task instead: `load_weights({str(path)!r}, task)`."
         )
-
-
-def newest_version(save_dir: str, name: str) -> int | None:
-    """The number of the newest run under a logger's folder that has checkpoints."""
-    folder = Path(save_dir) / name
-    if not folder.is_dir():
-        return None
-    versions = [
-        int(match[1])
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"version_(\d+)", path.name))
-        and find_checkpoints(path / "checkpoints")
-    ]
-    return max(versions, default=None)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._callback import Checkpoint
-from ._checkpoint import CheckpointStore, find_checkpoints
+from ._checkpoint import CheckpointStore, Entry, find_checkpoints
 from ._checkpoint_manifest import plain
 from ._say import say
 from ._signals import Interrupted
@@ -50,7 +50,7 @@ class Saver:
             tree: PyTree = state
             if weights_only:  # what is evaluated: without the optimizer's state, averages are lost
                 tree = {"task": trainer._bus.evaluation_task(trainer, state.task)}
-            metadata = checkpoint_metadata(trainer, weights_only)
+            metadata = checkpoint_metadata(trainer, path, weights_only)
             store = self._store(path.parent)
             store.save(trainer.global_step, tree, metadata, name=path.name)
             if not weights_only:
@@ -143,8 +143,8 @@ def _place(run: FitRun) -> Any:
     return (run.position.after_end(), run.rewind_request)
 
 
-def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
-    """All of a run that is not in its state, as JSON values."""
+def checkpoint_metadata(trainer: Trainer, path: Path, weights_only: bool) -> dict[str, Any]:
+    """All of a run that is not in its state, as JSON values, for a checkpoint at `path`."""
     run, stream = trainer._run, trainer._stream
     task = run.state.task
     found: dict[str, Any] = {
@@ -164,11 +164,26 @@ def checkpoint_metadata(trainer: Trainer, weights_only: bool) -> dict[str, Any]:
         "loaders": trainer._asked,
         "iterator": encode_state(run.data_state),
         "rewind": run.rewind_request,
-        "loggers": [[type(x).__qualname__, x.state_dict()] for x in trainer.loggers],
+        "loggers": [_described(logger, path) for logger in trainer.loggers],
         "fixed": fixed_configuration(trainer),
     }
     trainer._bus.on_save_checkpoint(trainer, found)
     return found
+
+
+def _described(logger: Any, path: Path) -> dict[str, Any]:
+    folder = logger.log_dir
+    return {
+        "kind": type(logger).__qualname__,
+        "state": logger.state_dict(),
+        # Relative, so that a run's folder may be moved.
+        "log_dir": None if folder is None else os.path.relpath(folder, path),
+    }
+
+
+def goes_on(entry: Entry) -> bool:
+    """Whether a run can go on from a checkpoint: it does not hold weights only."""
+    return "stream" in entry.metadata
 
 
 def fixed_configuration(trainer: Trainer) -> dict[str, Any]:

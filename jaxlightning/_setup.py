@@ -19,7 +19,6 @@ from ._fit import FitRun
 from ._init import TaskSource, call_configured
 from ._optim import task_optimizer
 from ._precision import Precision
-from ._resume import newest_version
 from ._schedule import Position, Schedule, val_batches
 from ._sources import Loaders, first_batches
 from ._step import EvalStep, TrainStep, owns_update
@@ -161,22 +160,6 @@ def make_loggers(logger: Any, root: str) -> list[Any]:
                 "`False`, or loggers such as `CSVLogger(save_dir)`."
             )
     return loggers
-
-
-def settle_versions(loggers: list[Any], resuming: bool) -> None:
-    """Loggers of one folder share one version; on resuming, that of the newest run."""
-    versions: dict[tuple[str, str], Any] = {}
-    for logger in loggers:
-        if not hasattr(logger, "is_settled"):
-            continue
-        place = (logger.save_dir, logger.name)
-        if not logger.is_settled:
-            newest = newest_version(*place) if resuming else None
-            if place in versions:
-                logger.version = versions[place]
-            elif newest is not None:
-                logger.version = newest
-        versions.setdefault(place, logger.version)
 
 
 def bus_for(trainer: Trainer, task: TaskModule) -> Bus:

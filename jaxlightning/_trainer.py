@@ -215,7 +215,7 @@ class Trainer(Facts):
             )
         source = TaskSource(task)
         self._begin_fit()
-        with entered(self, "fit", sources, source.task, checkpoint in ("last", "auto")):
+        with entered(self, "fit", sources, source.task, checkpoint):
             reserve(self, make=False)
             path = None if checkpoint is None else go_back(self, checkpoint)
             feed = setting_up.open_data(self)
@@ -319,9 +319,10 @@ class Trainer(Facts):
         if not isinstance(task, TaskModule):
             what = f"class `{task.__name__}`" if isinstance(task, type) else type(task).__name__
             raise TypeError(f"`{entry}` got the {what} as its task. Pass a `TaskModule`.")
-        with entered(self, entry, sources, task, resuming=False):
+        found_by_version = path if path in ("best", "last") else None
+        with entered(self, entry, sources, task, found_by_version):
             if path is not None:
-                task = load_weights(resolve(self, path), task)
+                task = load_weights(resolve(self, path, lambda entry: True), task)
             if not fitted or path is not None:
                 task = self._placed_task(task)
             limit = getattr(self._arguments, f"limit_{kind}_batches")

@@ -134,14 +134,25 @@ def test_contradictions():
 
 
 def test_weights_only_cannot_be_resumed(tmp_path):
-    one = trainer(tmp_path)
+    one = quiet(max_steps=1)
     one.fit(Classifier(), loader())
     one.save_checkpoint(tmp_path / "weights", weights_only=True)
-    one.wait_for_checkpoints()
-    one._saver.close()
-    for way in ({"ckpt_path": tmp_path / "weights"}, {"resume": "auto"}):
+    for way in ({"ckpt_path": tmp_path / "weights"}, {"ckpt_path": "last"}, {"resume": "auto"}):
         with pytest.raises(ValueError, match="holds weights only"):
             trainer(tmp_path).fit(Classifier(), loader(), **way)
+
+
+@pytest.mark.parametrize("way", [{"ckpt_path": "last"}, {"resume": "auto"}])
+def test_weights_beside_it_do_not_hide_what_a_run_can_go_on_from(saved, way):
+    one = trainer(saved / "other")
+    one.fit(Classifier(), loader())
+    one.save_checkpoint(saved / "weights", weights_only=True)
+    again = trainer(saved, max_steps=5)
+    again.fit(Classifier(), loader(), **way)
+    assert again.global_step == 5
+    assert trainer(saved).validate(Classifier(), loader(), ckpt_path="last") == trainer(
+        saved
+    ).validate(one.task, loader())
 
 
 def test_a_callback_that_is_gone_is_told_of(saved):
