@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxlightning._callback import Callback, InsideStep
+from jaxlightning._listing import listed
 from jaxlightning._metrics import Metric, Sum, namespace
 from jaxlightning._whereabouts import StepBatches, Whereabouts, described
 
@@ -143,10 +144,9 @@ class SkipNonFinite(Callback):
             trainer.state = state.replace(skipped=state.skipped.forgotten())
         of = self._whereabouts.of
         lines = [_line(trainer, step, of(trainer, step)) for step in range(first, last + 1)]
-        more = [f"\n  and {length - _SHOWN} more"] if length > _SHOWN else []
         raise NonFiniteSteps(
             f"In {length} step{'s' if length > 1 else ''} in a row the loss, a gradient or an "
-            f"update was NaN or infinite:{''.join(lines[:_SHOWN] + more)}\nThey were refused, so "
+            f"update was NaN or infinite:{listed(lines, most=_SHOWN)}\nThey were refused, so "
             "the task is as it was before them. Look at the data, lower the learning rate, or clip "
             "with `gradient_clip_val=1.0`. To see in which operation it appears, add the callback "
             "`ReplayCapsule()`; to bear more, raise "
@@ -165,7 +165,7 @@ class SkipNonFinite(Callback):
 
 def _line(trainer: Trainer, step: int, batches: StepBatches | None) -> str:
     where = "" if batches is None else f": {described(trainer, batches)}"
-    return f"\n  global step {step}{where}"
+    return f"global step {step}{where}"
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:

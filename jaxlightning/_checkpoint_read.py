@@ -27,11 +27,10 @@ from ._checkpoint_manifest import (
     decode_manifest,
     describe,
 )
+from ._listing import listed
 
 GROUP = 256 * 2**20
 """About how many bytes of a checkpoint are on the host at once while it is restored."""
-SHOWN = 20
-"""How many differences a message lists."""
 
 
 class CheckpointMismatch(CheckpointError):
@@ -305,10 +304,8 @@ def key_implementation(spec: jax.Array | jax.ShapeDtypeStruct) -> str:
 
 
 def _mismatch_message(path: Path, lines: Sequence[str]) -> str:
-    shown = "".join(f"\n  {line}" for line in lines[:SHOWN])
-    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return (
         f"`{path}` is intact, but of another state than the one it should be restored into:"
-        f"{shown}{more}\nBuild the same model, optimizer and callbacks as when it was saved, or "
-        "take parts of it on purpose: `load_arrays(path, include=...)`."
+        f"{listed(lines)}\nBuild the same model, optimizer and callbacks as when it was saved, or "
+        "take parts of it on purpose: `warm_start(path, task, include=...)`."
     )

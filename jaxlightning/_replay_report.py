@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from ._capsule_read import Capsule
+from ._listing import counted
 from ._operation import Operation
 from ._provenance import Taint
-
-_SHOWN = 8
 
 _WHERE = {
     "loss": "in the forward pass, and reaches the loss",
@@ -73,7 +71,9 @@ class Replayed(NamedTuple):
 
     def _rows(self) -> str:
         rows = self.capsule.rows[self.number]
-        return "" if rows is None else f" (rows {listed([row for batch in rows for row in batch])})"
+        return (
+            "" if rows is None else f" (rows {counted([row for batch in rows for row in batch])})"
+        )
 
     def _context(self) -> list[str]:
         lines = [f"  {note}" for note in self.notes]
@@ -115,9 +115,3 @@ class Replayed(NamedTuple):
         if self.others:
             lines.append(f"{self.others} more make some of it, independently and later.")
         return lines
-
-
-def listed(rows: Sequence[int]) -> str:
-    """Rows for a message, the first ones of many."""
-    more = f", and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    return ", ".join(map(str, rows[:_SHOWN])) + more

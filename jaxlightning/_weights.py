@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checkpoint_arrays import is_scalar, named_leaves
-from ._checkpoint_read import SHOWN, is_spec, key_implementation, load_arrays, read_manifest
+from ._checkpoint_read import is_spec, key_implementation, load_arrays, read_manifest
 from ._init import TaskSource
+from ._listing import listed
 from ._safetensors import read_safetensors
 from ._say import say
 from ._task import TaskModule
@@ -39,7 +40,7 @@ def load_weights(path: str | os.PathLike[str], task: _T) -> _T:
     wrong += _misfits(arrays, dict(named))
     if wrong:
         raise ValueError(
-            f"The checkpoint `{path}` does not fit `{type(task).__name__}`:{_listed(wrong)}\n"
+            f"The checkpoint `{path}` does not fit `{type(task).__name__}`:{listed(wrong)}\n"
             "Build the task as it was, or take parts on purpose: `warm_start(path, task, "
             "include=...)`."
         )
@@ -86,7 +87,7 @@ def warm_start(
     wrong = _misfits(fitting, leaves)
     if wrong:
         raise ValueError(
-            f"Parts of `{path}` do not fit `{type(task).__name__}`:{_listed(wrong)}\nLeave them "
+            f"Parts of `{path}` do not fit `{type(task).__name__}`:{listed(wrong)}\nLeave them "
             "out: `exclude=...`, a regular expression on their paths in the checkpoint."
         )
     if not fitting:
@@ -122,7 +123,7 @@ def load_from_checkpoint(
     ]
     if wrong:
         raise ValueError(
-            f"The checkpoint `{path}` is of a `{kind.__name__}` with other numbers:{_listed(wrong)}"
+            f"The checkpoint `{path}` is of a `{kind.__name__}` with other numbers:{listed(wrong)}"
             f"\nSay what differs: `{kind.__name__}.load_from_checkpoint(path, name=value)`."
         )
     loaded: _T = load_weights(path, task)
@@ -227,15 +228,9 @@ def _report(
     lines = [f"Warm start from `{path}`:"]
     for what, names in parts.items():
         if names:
-            shown = "" if isinstance(names, range) else _listed(sorted(names), indent="    ")
+            shown = "" if isinstance(names, range) else listed(sorted(names), indent="    ")
             lines.append(f"  {len(names)} {what}{shown}")
     return "\n".join(lines)
-
-
-def _listed(lines: Iterable[str], indent: str = "  ") -> str:
-    lines = list(lines)
-    more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "".join(f"\n{indent}{line}" for line in [*lines[:SHOWN], *more])
 
 
 def _examples(names: Iterable[str]) -> str:

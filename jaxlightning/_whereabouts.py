@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ._listing import counted
 from .data import DataLoader
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
-
-_SHOWN = 8
 
 
 class StepBatches(NamedTuple):
@@ -100,5 +99,4 @@ def described(trainer: Trainer, batches: StepBatches) -> str:
     if rows is None:
         return str(batches)
     found = [row for batch in rows for row in batch]
-    more = f", and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f"{batches} (rows {', '.join(map(str, found[:_SHOWN]))}{more})"
+    return f"{batches} (rows {counted(found)})"

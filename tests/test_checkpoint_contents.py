@@ -359,7 +359,7 @@ def test_a_mismatch_lists_every_leaf(store):
     message = str(caught.value)
     assert f"`{path}` is intact, but of another state" in message
     assert all(f"\n  {line}" in message for line in caught.value.differences)
-    assert "load_arrays(path, include=...)" in message
+    assert "`warm_start(path, task, include=...)`" in message
     assert verify_checkpoint(path).step == 1
 
 

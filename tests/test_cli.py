@@ -182,6 +182,43 @@ def test_diff_verifies_what_it_reads(damaged, capsys):
     assert "flipped" in errors
 
 
+# Names of anybody
+
+ESCAPE = "\x1b]0;title\x07\x1b[2J\nintact   all"
+
+
+@pytest.fixture
+def spoofed(tmp_path):
+    """Two checkpoints whose names and values would steer a terminal, and forge a line."""
+    metadata = {"task": ESCAPE, "hyperparameters": {ESCAPE: 1}, ESCAPE: 2}
+    with CheckpointStore(tmp_path) as store:
+        for step in (1, 2):
+            saved(store, {ESCAPE: np.zeros(step), f"{ESCAPE}!": np.zeros(1)}, metadata, step)
+    return sorted(tmp_path.glob("step_*"))
+
+
+@pytest.mark.parametrize("action", ["inspect", "inspect --all", "diff", "verify"])
+def test_what_a_terminal_would_obey_is_escaped(spoofed, capsys, action):
+    one, other = spoofed
+    if action == "verify":  # which then names the damaged leaf
+        (arrays,) = one.glob("arrays*")
+        content = arrays.read_bytes()
+        arrays.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    others = [other] if action == "diff" else []
+    code, out, errors = run(capsys, "checkpoint", *action.split(), one, *others)
+    assert (code, errors) == (int(action in ("diff", "verify")), "")
+    assert "\\x1b]0;title\\x07\\x1b[2J" in out or "\\u001b]0;title\\u0007\\u001b[2J" in out
+    assert all(char.isprintable() or char == "\n" for char in out)
+    assert not [line for line in out.splitlines() if line.startswith("intact")]
+
+
+def test_errors_are_escaped_too(spoofed, capsys):
+    code, out, errors = run(capsys, "checkpoint", "inspect", spoofed[0].parent / "a\x1b[2J\ud800")
+    assert (code, out) == (2, "")
+    assert "a\\x1b[2J\\ud800` is no checkpoint" in errors
+    assert "\x1b" not in errors
+
+
 # What can't be carried out
 
 

@@ -232,7 +232,7 @@ def test_names_do_not_reach_the_terminal_as_they_are(tmp_path, capsys):
     record = {"step": 0, "digest": total_digest(leaves), "leaves": leaves}
     one.write_text(json.dumps(record) + "\n")
     _, out, _ = compare(capsys, one.parent, other.parent)
-    assert out[0] == "The runs differ at step 0: `w?[2J??` and 1 more."
+    assert out[0] == "The runs differ at step 0: `w\\x1b[2J\\ud800\\n` and 1 more."
 
 
 # Metrics

@@ -15,6 +15,7 @@ from .._checkpoint import CheckpointError, looks_like_checkpoint, verify_checkpo
 from .._checkpoint_files import CheckpointDamaged
 from .._checkpoint_manifest import Manifest, StoredArray
 from .._checkpoint_read import CheckpointReader, read_manifest
+from ._terminal import one_line
 
 __all__ = ["add_command"]
 
@@ -53,8 +54,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if found != [arguments.path.absolute()]:
         return _list(found)
     manifest = read_manifest(found[0])
-    print(f"{found[0]}\n  step      {manifest.step}\n  saved     {manifest.saved_at}")
-    print(f"  versions  {', '.join(f'{k} {v}' for k, v in manifest.versions.items())}")
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    print(f"{found[0]}\n  step      {manifest.step}\n  saved     {one_line(manifest.saved_at)}")
+    print(f"  versions  {one_line(versions)}")
     print(f"\n{len(manifest.arrays)} arrays, {manifest.nbytes:,} bytes")
     _print_table([(path, str(a), f"{a.nbytes:,}") for path, a in manifest.arrays.items()])
     if manifest.scalars:
@@ -62,13 +64,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
         _print_table([(path, repr(scalar), "") for path, scalar in manifest.scalars.items()])
     metadata = dict(manifest.metadata)
     parameters = metadata.pop("hyperparameters", {})
-    if parameters:
-        print(f"\nhyper-parameters of {metadata.get('task')}")
+    if isinstance(parameters, dict) and parameters:
+        print(f"\nhyper-parameters of {one_line(str(metadata.get('task')))}")
         _print_table([(name, json.dumps(value), "") for name, value in parameters.items()])
     if arguments.all:
         print("\nmetadata\n" + json.dumps(metadata, indent=2))
     elif metadata:
-        print(f"\nmetadata of {', '.join(metadata)}: `--all` prints it")
+        print(f"\nmetadata of {one_line(', '.join(metadata))}: `--all` prints it")
     return 0
 
 
@@ -92,7 +94,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             manifest = verify_checkpoint(path)
         except CheckpointDamaged as error:
             damaged += 1
-            print(f"damaged  {path.name}: {error}")
+            print(one_line(f"damaged  {path.name}: {error}"))
         else:
             print(
                 f"intact   {path.name}: step {manifest.step}, {len(manifest.arrays)} arrays, "
@@ -105,7 +107,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     with CheckpointReader(arguments.path) as one, CheckpointReader(arguments.other) as other:
         lines = [*_array_differences(one, other), *other_differences(one.manifest, other.manifest)]
     for line in lines:
-        print(line)
+        print(one_line(line))
     if not lines:
         print("No difference.")
     return 1 if lines else 0
@@ -167,6 +169,7 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _print_table(rows: list[tuple[str, str, str]]) -> None:
+    rows = [(one_line(a), one_line(b), one_line(c)) for a, b, c in rows]
     first, second = (max((len(row[i]) for row in rows), default=0) for i in (0, 1))
     for row in rows:
         print(f"  {row[0]:<{first}}  {row[1]:<{second}}  {row[2]}".rstrip())

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from .._checkpoint_files import CheckpointDamaged
 from .._checkpoint_manifest import Manifest
-from .._checkpoint_read import SHOWN, CheckpointReader
+from .._checkpoint_read import CheckpointReader
+from .._listing import SHOWN
 from ._checkpoint import other_differences, value_difference
 from ._runs import (
     Logged,
@@ -23,6 +24,7 @@ from ._runs import (
     read_digests,
     read_metrics,
 )
+from ._terminal import one_line
 
 __all__ = ["add_command"]
 
@@ -88,16 +90,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if not any(comparison.steps for comparison in found):
         raise RunError(_nothing_in_common(first, second))
     parted = [comparison for comparison in found if comparison.parted is not None]
-    print(_shown(_verdict(found, parted)))
+    print(one_line(_verdict(found, parted)))
     remarks = (f"not compared: {remark}" for comparison in found for remark in comparison.remarks)
     for line in chain(*map(_details, found), remarks, _set_up(*saved)):
-        print(_shown(line))
+        print(one_line(line))
     return 1 if parted else 0
-
-
-def _shown(line: str) -> str:
-    """Names come from files of anybody, and a terminal obeys some characters."""
-    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def _nothing_in_common(first: Run, second: Run) -> str:

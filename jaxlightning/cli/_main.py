@@ -15,6 +15,7 @@ from .. import __version__
 from .._checkpoint_files import CheckpointError
 from . import _checkpoint, _compare, _replay
 from ._runs import RunError
+from ._terminal import printable_only
 
 _COMMANDS = (_checkpoint, _compare, _replay)
 
@@ -27,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_command(commands)
     chosen = parser.parse_args(arguments)
-    try:
-        code: int = chosen.run(chosen)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read this, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (CheckpointError, RunError, OSError) as error:
-        print(f"jaxlightning: {error}", file=sys.stderr)
-        return 2
+    with printable_only():
+        try:
+            code: int = chosen.run(chosen)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read this, such as `head`, has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except (CheckpointError, RunError, OSError) as error:
+            print(f"jaxlightning: {error}", file=sys.stderr)
+            return 2
     return code

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .._listing import counted
+
 _SEARCH_S = 10.0
 _SHOWN = 20
 
@@ -31,7 +33,4 @@ def first_failing(
 
 def listed(rows: list[int]) -> str:
     """Rows for a message, the first twenty of many."""
-    if len(rows) <= _SHOWN:
-        return str(rows)
-    shown = ", ".join(map(str, rows[:_SHOWN]))
-    return f"[{shown}, and {len(rows) - _SHOWN} more]"
+    return f"[{counted(rows, _SHOWN)}]"
