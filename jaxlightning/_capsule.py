@@ -26,7 +26,7 @@ from ._batch_structure import structure_of
 from ._callback import overrides
 from ._checkpoint import CheckpointStore, find_checkpoints
 from ._checkpoint_read import read_metadata
-from ._precision import Precision
+from ._configuration import FLAGS
 from ._saver import checkpoint_folder
 from ._state import Skipped, TrainState
 from ._task import TaskModule
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 CAPSULE = "capsule"
 """The metadata's key, by which a capsule is told from other checkpoints."""
-FLAGS = ("jax_enable_x64", "jax_threefry_partitionable", "jax_default_matmul_precision")
-"""Settings of JAX that change what a step computes."""
 
 
 class Suspect(NamedTuple):
@@ -223,7 +221,7 @@ def _configuration(trainer: Trainer) -> dict[str, Any]:
     if arguments.gradient_clip_val is not None:
         wraps = [c for c in wraps if type(c).__name__ != "GradientClipping"]
     return {
-        "precision": precision_names(trainer.precision),
+        "precision": trainer.precision.names(),
         "seed": arguments.seed,
         "accumulate_grad_batches": arguments.accumulate_grad_batches,
         "gradient_clip_val": arguments.gradient_clip_val,
@@ -238,14 +236,6 @@ def _configuration(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def precision_names(precision: Precision) -> dict[str, Any]:
-    """A precision as JSON values."""
-    return {
-        name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
-        for name, value in precision._asdict().items()
-    }
-
-
 def _new_name(folder: Path, step: int) -> str:
     name = base = f"step_{step:010d}"
     version = 0
@@ -256,13 +246,20 @@ def _new_name(folder: Path, step: int) -> str:
 
 
 def suggested_task(capsule: dict[str, Any]) -> str:
-    """What to write for `--task`."""
+    """What to write for `--task`, quoted for a shell. A name that is none in Python, which
+    whoever made the file may have thought of, is left open."""
     task = capsule["task"]
-    module, name = task["module"], task["name"]
+    module = task["module"] if _is_dotted(task["module"]) else "MODULE"
     if module == "__main__" and task["file"] is not None:
         near = os.path.relpath(task["file"])
-        module = task["file"] if near.startswith("..") else near
-    return f"{module}:{'FUNCTION' if why_a_function(capsule) else name}"
+        file = task["file"] if near.startswith("..") else near
+        module = file if file.isprintable() else "FILE"
+    name = task["name"] if _is_dotted(task["name"]) else "NAME"
+    return shlex.quote(f"{module}:{'FUNCTION' if why_a_function(capsule) else name}")
+
+
+def _is_dotted(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def why_a_function(capsule: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jax
@@ -13,16 +14,19 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._batch_structure import with_structure
-from ._capsule import CAPSULE, FLAGS, suggested_task, why_a_function
+from ._capsule import CAPSULE, suggested_task, why_a_function
 from ._checkpoint import CheckpointError, CheckpointMismatch
 from ._checkpoint_arrays import named_leaves
-from ._checkpoint_manifest import DTYPES, versions
+from ._checkpoint_manifest import DTYPES, typed, versions
 from ._checkpoint_read import load_arrays, read_checkpoint, read_manifest
+from ._configuration import FLAGS
 from ._precision import Precision
 from ._state import TrainState
 from ._whereabouts import StepBatches
 
-_MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError)
+_MALFORMED = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError
+)  # fmt: skip
 
 
 class ReplayError(CheckpointError):
@@ -54,7 +58,7 @@ class Capsule:
     def _read(self, content: dict[str, Any]) -> None:
         self.step = int(content["step"])
         self.steps = [_steps(entry) for entry in content["steps"]]
-        self.rows = [None if entry is None else entry["rows"] for entry in content["steps"]]
+        self.rows = [_rows(entry) for entry in content["steps"]]
         self.error = f"{content['error']['type']}: {content['error']['message']}"
         self.task = str(content["task"]["name"])
         self.suggested, self.why_a_function = suggested_task(content), why_a_function(content)
@@ -63,12 +67,15 @@ class Capsule:
         self.accumulate = int(content["accumulate_grad_batches"])
         total = content["total_steps"]
         self.total_steps = None if total is None else int(total)
-        self._clip = content["gradient_clip_val"], content["gradient_clip_algorithm"]
+        self._clip = (
+            typed(content["gradient_clip_val"], float, int, NoneType),
+            typed(content["gradient_clip_algorithm"], str, NoneType),
+        )
         self._seed = int(content["seed"])
         self._has_state = bool(content["state"])
-        self._checkpoint = content["checkpoint"]
-        self._lost = content["batch"]["lost"]
-        self.reproduced = content["batch"]["reproduced"]
+        self._checkpoint = typed(content["checkpoint"], str, NoneType)
+        self._lost = typed(content["batch"]["lost"], str, NoneType)
+        self.reproduced = typed(content["batch"]["reproduced"], bool, NoneType)
         self._structure = content["batch"]["structure"]
         self._devices = int(content["devices"]), str(content["platform"])
         self._flags = {name: content["flags"][name] for name in FLAGS}
@@ -106,6 +113,8 @@ class Capsule:
         arrays = load_arrays(self.path, include=r"^steps/")
         try:
             counts = _counts(arrays)
+            if len(counts) != len(self.steps):
+                raise ValueError(f"there are those of {len(counts)} steps, not {len(self.steps)}")
             like = sample
             if sample is None:
                 like = with_structure(self._structure, 0)
@@ -131,6 +140,9 @@ class Capsule:
     ) -> tuple[TrainState, list[str]]:
         """The state before the step, restored strictly, and what has to be said of it.
 
+        The checkpoint that the capsule names may be anywhere: it is only read, and verified as
+        every checkpoint is. Which one that is, is said in any case.
+
         **Raises:** `CheckpointMismatch` for another state than `like`.
         """
         if self._has_state and checkpoint is None:
@@ -142,7 +154,17 @@ class Capsule:
                 "there was no checkpoint. Name one, if there is, with `--checkpoint PATH`; or let "
                 "the run fail again with `Trainer(detect_anomaly=True)`, which keeps the state."
             )
-        state = _part_of_checkpoint(Path(path), like)
+        try:
+            state = _part_of_checkpoint(Path(path), like)
+        except CheckpointMismatch:
+            raise
+        except (CheckpointError, OSError, ValueError) as error:  # a null character in the path
+            if checkpoint is not None:
+                raise
+            raise ReplayError(
+                f"`{self.path}` says that the state is that of `{path}`, which can't be read: "
+                f"{error} If it lies elsewhere now, name it with `--checkpoint PATH`."
+            ) from error
         behind = self.step - 1 - int(state.step)
         number = jnp.asarray(self.step - 1, state.step.dtype)
         apart = f", {abs(behind)} steps {'earlier' if behind > 0 else 'later'}" if behind else ""
@@ -165,6 +187,16 @@ def _steps(entry: Any) -> StepBatches | None:
     if entry is None:
         return None
     return StepBatches(*(int(entry[name]) for name in StepBatches._fields))
+
+
+def _rows(entry: Any) -> list[list[int]] | None:
+    """Of each batch of a step, if its rows are known."""
+    if entry is None or entry["rows"] is None:
+        return None
+    rows = [[int(row) for row in batch] for batch in entry["rows"]]
+    if len(rows) != int(entry["stop"]) - int(entry["first"]):
+        raise ValueError(f"it has the rows of {len(rows)} batches")
+    return rows
 
 
 def _precision(content: dict[str, Any]) -> Precision:

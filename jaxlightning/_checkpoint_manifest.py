@@ -177,12 +177,15 @@ def plain(value: Any, where: str = "metadata", depth: int = 0) -> Any:
     )
 
 
+_PACKAGES = ("jaxlightning", "jax", "jaxlib", "numpy", "equinox", "optax", "flax", "grain")
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("jaxlightning", "jax", "jaxlib", "numpy", "equinox", "optax"):
+    for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+        except importlib.metadata.PackageNotFoundError:  # an extra, or a tree that isn't installed
             continue
     return found
 
@@ -235,20 +238,19 @@ def decode_manifest(encoded: bytes) -> Manifest:
                 f"reads up to {FORMAT}). Upgrade: `pip install -U jaxlightning`."
             )
         manifest = Manifest(
-            name=_typed(content["name"], str),
+            name=typed(content["name"], str),
             step=_count(content["step"]),
             serial=_count(content.get("serial", 0)),  # before there were any
-            saved_at=_typed(content["saved_at"], str),
+            saved_at=typed(content["saved_at"], str),
             versions={
-                package: _typed(version, str) for package, version in content["versions"].items()
+                package: typed(version, str) for package, version in content["versions"].items()
             },
             files={name: _stored_file(name, file) for name, file in content["files"].items()},
             arrays={path: _stored_array(array) for path, array in content["arrays"].items()},
             scalars={
-                path: _typed(scalar, bool, int, float)
-                for path, scalar in content["scalars"].items()
+                path: typed(scalar, bool, int, float) for path, scalar in content["scalars"].items()
             },
-            metadata=_shallow(_typed(content["metadata"], dict)),
+            metadata=_shallow(typed(content["metadata"], dict)),
         )
         _check_layout(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -278,7 +280,7 @@ def _shallow(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
-def _typed(value: Any, *types: type) -> Any:
+def typed(value: Any, *types: type) -> Any:
     if type(value) not in types:
         raise TypeError(
             f"`{str(value)[:100]}` should be of type {' or '.join(t.__name__ for t in types)}"
@@ -287,7 +289,7 @@ def _typed(value: Any, *types: type) -> Any:
 
 
 def _count(value: Any) -> int:
-    if not 0 <= _typed(value, int) < 2**48:
+    if not 0 <= typed(value, int) < 2**48:
         raise ValueError(f"{value} is out of range")
     return value
 
@@ -295,7 +297,7 @@ def _count(value: Any) -> int:
 def _stored_file(name: str, content: Any) -> StoredFile:
     if not ARRAY_FILE.fullmatch(name):
         raise ValueError(f"`{name}` is not the name of an array file")
-    header = _typed(content["header_sha256"], str)
+    header = typed(content["header_sha256"], str)
     header_size = _count(content["header_size"])
     if header_size > LIMIT:
         raise ValueError(f"the header of `{name}` has {header_size} bytes")
@@ -303,22 +305,22 @@ def _stored_file(name: str, content: Any) -> StoredFile:
 
 
 def _stored_array(content: Any) -> StoredArray:
-    dtype, prng = _typed(content["dtype"], str), content["prng"]
+    dtype, prng = typed(content["dtype"], str), content["prng"]
     if dtype not in DTYPES:
         raise ValueError(f"the dtype `{dtype}` is unknown")
     shape = tuple(map(_count, content["shape"]))
     # What numpy can make; an array without elements may have huge sizes beside the 0.
     if len(shape) > 64 or math.prod(size or 1 for size in shape) >= 2**59:
         raise ValueError(f"no array has the shape {list(shape)}"[:200])
-    if prng is not None and (_typed(prng, str) == "" or dtype != "uint32" or not shape):
+    if prng is not None and (typed(prng, str) == "" or dtype != "uint32" or not shape):
         raise ValueError(f"keys of `{prng}` are not stored as {dtype}{list(shape)}")
     return StoredArray(dtype, shape, prng, tuple(map(_stored_shard, content["shards"])))
 
 
 def _stored_shard(content: Any) -> Shard:
     region = tuple((_count(start), _count(stop)) for start, stop in content["region"])
-    digests = tuple(_typed(digest, str) for digest in content["sha256"])
-    file, offset, size = _typed(content["file"], str), content["offset"], content["size"]
+    digests = tuple(typed(digest, str) for digest in content["sha256"])
+    file, offset, size = typed(content["file"], str), content["offset"], content["size"]
     return Shard(file, _count(offset), _count(size), region, digests)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._callback import Bus, Callback, InsideStep, overrides
-from ._capsule import precision_names
 from ._capsule_read import Capsule, ReplayError
 from ._dispatch import Single
 from ._fit import FitRun
@@ -96,14 +95,19 @@ def _ingredients(task: Any, capsule: Capsule) -> tuple[Any, Any, PyTree]:
         sample = rest[0] if rest else None
         _check_configured_alike(trainer, capsule)
     else:
-        trainer = Trainer(
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **capsule.arguments(),
-        )
+        try:
+            trainer = Trainer(
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                **capsule.arguments(),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ReplayError(
+                f"`{capsule.path}` was written by a Trainer that there can't be: {error}"
+            ) from error
     if isinstance(task, type) and issubclass(task, TaskModule):
         kind, hyperparameters = task, with_tuples(capsule.hyperparameters)
         task = lambda key: kind.from_hyperparameters(hyperparameters, key)
@@ -115,7 +119,7 @@ def _check_configured_alike(trainer: Any, capsule: Capsule) -> None:
     then = capsule.arguments()
     now = {name: getattr(trainer, name) for name in then}
     for values in (then, now):
-        values["precision"] = precision_names(values["precision"])
+        values["precision"] = values["precision"].names()
     changed = [
         f"\n  {name}: {then[name]!r} in the capsule, {now[name]!r} here"
         for name in then
@@ -235,9 +239,9 @@ def _named(batch: DeviceBatch, number: int, found: Replayed) -> DeviceBatch:
 
     def name(path: str) -> Callable[[list[int]], str]:
         def at(place: list[int]) -> str:
-            row = (
-                "" if own is None or not place else f", which is row {own[place[0]]} of the source"
-            )
+            row = ""
+            if own is not None and place and place[0] < len(own):
+                row = f", which is row {own[place[0]]} of the source"
             return f"`{path}` of the batch at {place}{row}"
 
         return at

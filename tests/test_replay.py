@@ -1,6 +1,7 @@
 """A failed step run again: in this process, and by `jaxlightning replay` in another."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from replay_job import Fails, data, line_of
 from tasks import quiet
 
 from jaxlightning import Callback
-from jaxlightning._capsule import CAPSULE
+from jaxlightning._capsule import CAPSULE, how_to_replay
 from jaxlightning._capsule_read import ReplayError
 from jaxlightning._checkpoint import CheckpointError, CheckpointStore
 from jaxlightning._checkpoint_read import load_arrays
@@ -232,7 +233,92 @@ STRANGE = [
     ("batch", {}),
     ("flags", {}),
     ("task", []),
+    ("task", {"module": 3, "name": "Task", "file": None}),
+    ("checkpoint", 3),
+    ("checkpoint", ["a"]),
+    ("step", float("inf")),
+    ("steps", [{"step": 1, "epoch": 0, "first": 0, "stop": 1, "rows": [[1], [2]]}]),
+    ("gradient_clip_val", "1"),
+    ("batch", {"lost": 3, "reproduced": None, "structure": None}),
 ]
+
+
+def test_arguments_that_no_trainer_takes_are_refused(capsules, capsys, tmp_path):
+    metadata = content(capsules("log")) | {"accumulate_grad_batches": -2}
+    with CheckpointStore(tmp_path) as store:
+        path = store.save(1, {}, {CAPSULE: metadata}, wait=True)
+    code, _, err = run(capsys, path, "--task", "replay_job:Fails")
+    assert code == 2
+    assert f"`{path}` was written by a Trainer that there can't be: `accumulate_grad" in err
+
+
+PLANTED = "Task; touch harm #"
+
+
+@pytest.mark.parametrize(
+    ("task", "suggested"),
+    [
+        ({"module": "m", "name": PLANTED, "file": None}, "m:NAME"),
+        ({"module": "m$(touch harm)", "name": "Task", "file": None}, "MODULE:Task"),
+        ({"module": "a.b", "name": "Outer.Task", "file": None}, "a.b:Outer.Task"),
+        ({"module": "__main__", "name": "Task", "file": "a b;c.py"}, "'a b;c.py:Task'"),
+        ({"module": "__main__", "name": "Task", "file": "a\n.py"}, "FILE:Task"),
+    ],
+)
+def test_the_command_to_paste_runs_nothing_else(
+    capsules, capsys, tmp_path, monkeypatch, task, suggested
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "$(touch harm); x"
+    metadata = content(capsules("log")) | {"task": task}
+    with CheckpointStore(folder) as store:
+        path = store.save(1, {}, {CAPSULE: metadata}, wait=True)
+    _, _, err = run(capsys, path)
+    (command,) = [line.strip() for line in err.splitlines() if line.startswith("    ")]
+    assert command == f"jaxlightning replay {shlex.quote(str(path))} --task {suggested}"
+    assert command == how_to_replay(path).splitlines()[1].strip()
+    shell = subprocess.run(
+        ["sh", "-c", f"jaxlightning() {{ printf '%s\\n' \"$@\"; }}; {command}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shell.stdout.splitlines() == ["replay", str(path), "--task", *shlex.split(suggested)]
+    assert not list(tmp_path.rglob("harm"))
+
+
+def test_a_file_does_not_stand_in_for_a_module_of_python(capsules, tmp_path):
+    """`random.py` names the task, and everybody else still gets Python's `random`."""
+    source = """
+import pickle
+from beside import number
+from replay_job import Fails
+
+assert __name__ != "__main__"
+
+class Task(Fails):
+    pass
+
+assert pickle.loads(pickle.dumps(Task)) is Task
+assert number == 3
+"""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "random.py").write_text(source)
+    (folder / "beside.py").write_text("number = 3\n")
+    check = f"""
+import random, sys
+sys.path.insert(0, {str(JOB.parent)!r})
+from jaxlightning.cli import main
+code = main(["replay", {str(capsules("log"))!r}, "--task", "mine/random.py:Task"])
+assert sys.modules["random"] is random and random.randint(3, 3) == 3
+sys.exit(code)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "NaN first appears in the forward pass" in done.stdout
 
 
 def test_structures_that_are_none(capsules, tmp_path):

@@ -15,7 +15,7 @@ from tasks import quiet
 from jaxlightning import Callback, TaskModule
 from jaxlightning._capsule import CAPSULE, _taken_at
 from jaxlightning._capsule_read import ReplayError
-from jaxlightning._checkpoint import CheckpointMismatch, CheckpointStore
+from jaxlightning._checkpoint import CheckpointError, CheckpointMismatch, CheckpointStore
 from jaxlightning._checkpoint_read import load_arrays
 from jaxlightning._fit import FitRun
 from jaxlightning._replay import replay
@@ -210,6 +210,19 @@ def test_the_state_can_be_taken_from_a_checkpoint_that_is_named(raised, tmp_path
     assert replay(copy, Fails, checkpoint=saved).operation.name == "pure_callback"
     with pytest.raises(CheckpointMismatch):
         replay(copy, Fails, checkpoint=path)
+    with pytest.raises(CheckpointError, match=r"^There is no checkpoint"):
+        replay(copy, Fails, checkpoint=tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("named", ["/dev/null", "/nowhere", "a\0b"])
+def test_a_checkpoint_that_a_capsule_names_and_that_cannot_be_read(raised, tmp_path, named):
+    path, _, _ = raised
+    metadata = content(path) | {"checkpoint": named}
+    with CheckpointStore(tmp_path) as store:
+        tree = {"steps": [[{"x": load_arrays(path)["steps/0/0/x"]}]]}
+        copy = store.save(STEP, tree, {CAPSULE: metadata}, wait=True)
+    with pytest.raises(ReplayError, match=r"is that of `.*`, which can't be read: .* name it with"):
+        replay(copy, Fails)
 
 
 class Outputs:

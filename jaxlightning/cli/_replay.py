@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def add_command(commands: Any) -> None:
         "--task",
         metavar="MODULE:NAME",
         help="the task's class; a function `key -> task`; or a function without arguments that "
-        "returns `(trainer, task)`. MODULE is a module or a path to a file, and is imported",
+        "returns `(trainer, task)`. MODULE is a module or a path to a file, and is imported: what "
+        "stands under `if __name__ == '__main__'` does not run",
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="take the state from it, if the capsule has none"
@@ -41,10 +43,11 @@ def _replay(arguments: argparse.Namespace) -> int:
 
     capsule = Capsule(arguments.folder)
     if arguments.task is None:
+        folder = shlex.quote(str(arguments.folder))
         raise CheckpointError(
             f"Which task is it? `{capsule.path}` says `{capsule.task}`, but nothing is imported "
             "because a file names it. If you trust that, write\n"
-            f"    jaxlightning replay {arguments.folder} --task {capsule.suggested}"
+            f"    jaxlightning replay {folder} --task {capsule.suggested}"
             + (
                 f"\nwhere FUNCTION returns `(trainer, task)` as the run has them, since "
                 f"{capsule.why_a_function}."
@@ -78,13 +81,16 @@ def _named(spec: str) -> Any:
 
 
 def _file(path: Path) -> Any:
+    """A file as a module, which finds the modules beside it. Its name is one that no other module
+    has: a `random.py` must not stand in for Python's. So it is not `__main__` either."""
     if not path.is_file():
         raise CheckpointError(f"There is no file `{path}`.")
-    sys.path.insert(0, str(path.absolute().parent))  # as if it were run
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.path.insert(0, str(path.absolute().parent))
+    name = f"_replayed_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
