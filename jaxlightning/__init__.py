@@ -6,7 +6,13 @@ task = Trainer(max_epochs=3).fit(task, DataLoader(arrays, batch_size=32, shuffle
 from ._callback import Callback as Callback
 from ._callback import Checkpoint as Checkpoint
 from ._callback import InsideStep as InsideStep
+from ._checkpoint import CheckpointDamaged as CheckpointDamaged
+from ._checkpoint import CheckpointError as CheckpointError
+from ._checkpoint import CheckpointMismatch as CheckpointMismatch
+from ._checkpoint import RunLocked as RunLocked
+from ._checkpoint import SaveFailed as SaveFailed
 from ._checkpoint import export_weights as export_weights
+from ._checkpoint import load_arrays as load_arrays
 from ._classification import F1 as F1
 from ._classification import Accuracy as Accuracy
 from ._classification import ConfusionMatrix as ConfusionMatrix

@@ -201,6 +201,7 @@ class TaskModule(eqx.Module):
     def load_from_checkpoint(
         cls: type[_T],
         path: str | os.PathLike[str],
+        /,
         *,
         make: Callable[[dict[str, Any], PRNGKeyArray], _T] | None = None,
         **changed: Any,
@@ -216,7 +217,8 @@ class TaskModule(eqx.Module):
         **Arguments:**
 
         - `make`: a function of the hyper-parameters and a key, in place of `from_hyperparameters`.
-        - `changed`: hyper-parameters that replace stored ones, or add to them.
+        - `changed`: hyper-parameters that replace stored ones, or add to them. One that is named
+          `make` can be changed by `make=` only: in that function.
 
         **Raises:** `ValueError` for the checkpoint of another class (what a checkpoint names is
         never imported), and where arrays or numbers of the task differ.

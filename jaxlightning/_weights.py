@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._checkpoint_arrays import is_scalar, named_leaves
+from ._checkpoint_files import CheckpointError
 from ._checkpoint_read import is_spec, key_implementation, load_arrays, read_manifest
 from ._init import TaskSource
 from ._listing import listed
@@ -112,7 +113,13 @@ def load_from_checkpoint(
             f"`{kind.__qualname__}.load_from_checkpoint`. Call that of its own class, or take its "
             "arrays on purpose: `warm_start(path, task)`."
         )
-    hyperparameters = {**with_tuples(manifest.metadata["hyperparameters"]), **changed}
+    stored_hyperparameters = manifest.metadata.get("hyperparameters")
+    if not isinstance(stored_hyperparameters, dict):
+        raise CheckpointError(
+            f"The checkpoint `{path}` holds no hyper-parameters, so `{name}` can't be made of them."
+            f" Make it, and load its arrays: `load_weights({str(path)!r}, task)`."
+        )
+    hyperparameters = {**with_tuples(stored_hyperparameters), **changed}
     task: Any = TaskSource(lambda key: make(hyperparameters, key)).task
     stored = manifest.scalars
     scalars = {f"task/{name}": leaf for name, leaf in named_leaves(task) if is_scalar(leaf)}

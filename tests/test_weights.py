@@ -9,6 +9,7 @@ import pytest
 from tasks import CLASSES, FEATURES, Classifier, assert_same, quiet, rows
 
 from jaxlightning import (
+    CheckpointError,
     DataLoader,
     Mean,
     TaskModule,
@@ -17,6 +18,7 @@ from jaxlightning import (
     load_weights,
     warm_start,
 )
+from jaxlightning._checkpoint import CheckpointStore
 from jaxlightning.callbacks import ExponentialMovingAverage
 
 DATA = rows(16)
@@ -90,6 +92,34 @@ def test_hyper_parameters_may_be_changed(tmp_path):
     assert bits(loaded) == bits(task)
     with pytest.raises(ValueError, match=r"layers/1/weight: \(3, 4\) in the checkpoint, \(3, 6\)"):
         Net.load_from_checkpoint(tmp_path / "whole", sizes=(6,))
+
+
+def test_a_hyper_parameter_may_be_called_as_arguments_are(tmp_path):
+    class Reads(Net):
+        path: str = eqx.field(static=True)
+        make: str = eqx.field(static=True)
+
+        def __init__(self, sizes, key, path="here", make="old"):
+            super().__init__(sizes, key)
+            self.path, self.make = path, make
+
+    task = trained(tmp_path, Reads((4,), jax.random.key(7)))
+    where = tmp_path / "whole"
+    loaded = Reads.load_from_checkpoint(where, path="there")
+    assert (loaded.path, loaded.make) == ("there", "old")
+    loaded = Reads.load_from_checkpoint(
+        where, make=lambda given, key: Reads(given["sizes"], key, given["path"], "new")
+    )
+    assert (loaded.path, loaded.make) == ("here", "new")
+    assert bits(loaded) == bits(task)
+
+
+@pytest.mark.parametrize("hyperparameters", [{}, {"hyperparameters": [1]}])
+def test_a_checkpoint_without_hyper_parameters(tmp_path, hyperparameters):
+    with CheckpointStore(tmp_path) as store:
+        path = store.save(1, {"w": np.zeros(2)}, {"task": "Net", **hyperparameters}, wait=True)
+    with pytest.raises(CheckpointError, match=r"holds no hyper-parameters.*`load_weights\('/"):
+        Net.load_from_checkpoint(path)
 
 
 def test_the_average_that_was_evaluated_is_what_is_loaded(tmp_path):
