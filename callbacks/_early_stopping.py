@@ -76,14 +76,14 @@ class EarlyStopping(MonitorCallback):
     def on_fit_start(self, trainer: Trainer) -> None:
         super().on_fit_start(trainer)
         if self.stopping_message is not None:  # a run that had been stopped stays so
-            trainer.stop(self.stopping_message)
+            trainer.stop(self.stopping_message, remembered=False)
 
     def judge(self, trainer: Trainer, value: float) -> None:
         reason, message = self._verdict(value)
         if reason is not None:
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason, self.stopping_message = reason, message
-            trainer.stop(message)
+            trainer.stop(message, remembered=False)
         elif message and self.verbose:
             announce(message, everywhere=not self.log_rank_zero_only)
 

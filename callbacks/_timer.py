@@ -157,7 +157,7 @@ class Timer(Callback):
 
     def _stop_if(self, trainer: Trainer, up: bool) -> None:
         if up and not trainer.should_stop:
-            trainer.stop(f"The time limit of {self.duration} was reached.")
+            trainer.stop(f"The time limit of {self.duration} was reached.", remembered=False)
 
     @property
     def state_key(self) -> str:

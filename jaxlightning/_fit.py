@@ -5,7 +5,6 @@ from __future__ import annotations
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import equinox as eqx
@@ -89,6 +88,12 @@ class FitRun:
         self.batch_spec = feed.spec
         self._batch_structure = feed.structure
         self._detect_anomaly = detect_anomaly
+        self.configuration = {
+            # Before anything is traced: what a closure holds may change by it.
+            "task": described(eqx.filter(source.task, _is_array, inverse=True)),
+            "optimizer": described(step.tx),
+        }
+        """All of the task and its optimizer that is no array, for `_resume.check_unchanged`."""
         self._dispatch: Dispatch = Single()
         if accumulate > 1:
             self._dispatch = Accumulated(accumulate)
@@ -233,14 +238,6 @@ class FitRun:
                 )
         return [leaves[path] for path in self.paths]
 
-    @cached_property
-    def configuration(self) -> dict[str, Any]:
-        """All of the task and its optimizer that is no array, for `_resume.check_unchanged`."""
-        return {
-            "task": described(self._static.task),
-            "optimizer": described(self.train_step.tx),
-        }
-
     # Step by step
 
     def windows(self) -> Iterator[tuple[list[DeviceBatch], bool]]:
@@ -285,11 +282,13 @@ class FitRun:
     def dispatch(self, window: list[DeviceBatch]) -> list[jax.Array]:
         """Starts the step, or steps, on these batches. Waits only for one `RUN_AHEAD` ago."""
         varying = self._dispatch.varying(window)
-        self.data_state = window[-1].state
         try:
             if self._detect_anomaly:
-                return self._watched(varying)
+                outputs = self._watched(varying)
+                self.data_state = window[-1].state
+                return outputs
             self.leaves, outputs = self.program(self.leaves, varying)
+            self.data_state = window[-1].state
             ahead = self._ahead
             ahead.append((self.position.step, outputs[0]))
             if len(ahead) > RUN_AHEAD:

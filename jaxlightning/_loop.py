@@ -38,6 +38,7 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         if at.phase == "epoch":
             trainer._reload_data()
             bus.on_train_epoch_start(trainer)
+            at.phase = "started"
         if not (at.last or trainer._is_over()):
             train_epoch(trainer, run, stream)
         stream_epoch(trainer, stream)
@@ -70,7 +71,7 @@ def train_epoch(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         if trainer._is_over():
             return
     if at.batches == 0:
-        trainer.stop("The training data is a one-pass iterator, and exhausted.")
+        trainer.stop("The training data is a one-pass iterator, and exhausted.", remembered=False)
         warnings.warn(
             f"The training data gave no batch in epoch {at.epoch}, so training stops: it is a "
             "one-pass iterator. Pass a `DataLoader`, or something that can be iterated again.",

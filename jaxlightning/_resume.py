@@ -6,19 +6,20 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-import numpy as np
 
 from ._checkpoint import Entry, find_checkpoints, latest_checkpoint, restore_latest
+from ._checkpoint_manifest import typed
 from ._checkpoint_manifest import versions as package_versions
 from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
 from ._configuration import differences
-from ._saver import checkpoint_folder, fixed_configuration, goes_on
+from ._saver import checkpoint_folder, environment, fixed_configuration, goes_on
 from ._say import say
-from ._schedule import Position
+from ._sensible import known_metrics, position, rewind_request, sensible
 from ._stream import MetricStream
 from .data._iterator_state import decode_state
 
@@ -59,11 +60,12 @@ def resolve(
     best = getattr(callback, "best_model_path", "")
     if not best and callback is not None:
         for entry in reversed(entries):
-            state = read_metadata(entry.path).get("callbacks", {}).get(callback.state_key)
-            if state is not None:
-                callback.load_state_dict(state)
-                best = callback.best_model_path
-                break
+            with sensible(entry.path):
+                state = read_metadata(entry.path).get("callbacks", {}).get(callback.state_key)
+                if state is not None:
+                    callback.load_state_dict(state)
+                    best = callback.best_model_path
+                    break
     if not best:
         raise FileNotFoundError(
             '`ckpt_path="best"`: no `ModelCheckpoint` with a `monitor` has saved anything in '
@@ -89,29 +91,32 @@ def go_back(trainer: Trainer, ckpt_path: Any) -> Path | None:
 
 def _go_back_to(trainer: Trainer, path: Path, metadata: Mapping[str, Any]) -> None:
     refuse_weights_only(path, metadata)
-    asked = metadata["loaders"]
-    trainer._position.__dict__.update(asked["position"])
-    trainer._sources.module.load_state_dict(asked["data"])
+    with sensible(path, ValueError):
+        asked = metadata["loaders"]
+        trainer._position.__dict__.update(position(asked["position"]).__dict__)
+    with sensible(path):
+        trainer._sources.module.load_state_dict(typed(asked["data"], dict))
 
 
 def check_unchanged(
-    saved: dict[str, Any], now: dict[str, Any], path: Path, allow_changes: bool
+    trainer: Trainer, path: Path, metadata: Mapping[str, Any], allow_changes: bool
 ) -> None:
     """**Raises:** `ValueError` that lists all that was changed since the checkpoint, unless that is
-    allowed: then it is warned of, as other versions of packages are."""
-    versions = differences(read_manifest(path).versions, package_versions())
-    changed = differences(saved, now)
+    allowed: then it is warned of, as other versions of packages and other devices are."""
+    changed = differences(metadata["fixed"], fixed_configuration(trainer))
+    elsewhere = differences(metadata["environment"], environment(trainer))
+    elsewhere += differences(read_manifest(path).versions, package_versions())
     if changed and not allow_changes:
         raise ValueError(
             f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
-            f"the same run:{_listed(changed + versions)}\nUndo the changes; or go on in spite of "
+            f"the same run:{_listed(changed + elsewhere)}\nUndo the changes; or go on in spite of "
             "them, `fit(..., allow_changes=True)`; or start a new run with parts of the old one, "
             "`warm_start(path, task)`."
         )
-    if changed or versions:
+    if changed or elsewhere:
         warnings.warn(
             f"The run goes on from `{path}`, but not bit for bit as it would have gone on then:"
-            f"{_listed(changed + versions)}",
+            f"{_listed(changed + elsewhere)}",
             stacklevel=2,
         )
 
@@ -144,23 +149,30 @@ def restore(
     else:
         assert path is not None
         tree, metadata = read_checkpoint(path, like)
-    check_unchanged(metadata["fixed"], fixed_configuration(trainer), path, allow_changes)
+    with sensible(path):
+        check_unchanged(trainer, path, metadata, allow_changes)
     bus = trainer._bus
     bus.on_load_checkpoint(trainer, metadata)
-    bus.load_state_dict(metadata["callbacks"])
-    if metadata["data"] != metadata["loaders"]["data"]:  # it changed since the loaders were made
-        trainer._sources.module.load_state_dict(metadata["data"])
     run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
-    run.position.__dict__.update(Position(**metadata["position"]).__dict__)
-    run.data_state = decode_state(metadata["iterator"])
-    before = metadata["loaders"]["position"]["total_batches"]
-    run.feed.go_on(run.position.total_batches - before, run.data_state)
-    stream.load_state_dict(metadata["stream"], run.metrics_like)
-    resume_loggers(trainer, run.position.step, metadata.get("loggers", []))
-    load_metrics(trainer, metadata)
-    run.id = metadata["run"]
-    if metadata["rewind"] is not None:  # asked for, and not yet carried out
-        run.rewind_request = tuple(metadata["rewind"])
+    with sensible(path, ValueError):
+        run.position.__dict__.update(position(metadata["position"]).__dict__)
+        run.data_state = decode_state(metadata["iterator"])
+        run.id = typed(metadata["run"], str)
+        run.rewind_request = rewind_request(metadata["rewind"])  # not yet carried out
+        stop = typed(metadata["stop"], str, NoneType)
+        stream.load_state_dict(metadata["stream"], run.metrics_like)
+        trainer.callback_metrics = known_metrics(metadata["metrics"])
+        before = position(metadata["loaders"]["position"]).total_batches
+        changed = metadata["data"] != metadata["loaders"]["data"]  # since the loaders were made
+    with sensible(path):
+        bus.load_state_dict(typed(metadata["callbacks"], dict))
+        if changed:
+            trainer._sources.module.load_state_dict(typed(metadata["data"], dict))
+        run.feed.go_on(run.position.total_batches - before, run.data_state)
+        resume_loggers(trainer, run.position.step, metadata.get("loggers", []))
+    if stop is not None:
+        trainer.stop(stop)
+        say(f"The run had been asked to stop, and is again: {stop}")
     trainer._saver.goes_on_from(path, run)
     say(f"Going on from step {run.position.step}, `{path}`.")
     return path
@@ -175,12 +187,6 @@ def resume_loggers(trainer: Trainer, step: int, saved: list[Any]) -> None:
         if found is not None:
             left.remove(found)
         logger.resume(step, {} if found is None else found["state"])
-
-
-def load_metrics(trainer: Trainer, metadata: Mapping[str, Any]) -> None:
-    """Makes known which metrics were known when the checkpoint was taken: monitors look at them."""
-    saved = metadata["metrics"].items()
-    trainer.callback_metrics = {k: v if np.ndim(v) == 0 else np.asarray(v) for k, v in saved}
 
 
 def refuse_weights_only(path: Path, metadata: Mapping[str, Any]) -> None:

@@ -16,9 +16,10 @@ import jax
 from jaxtyping import PyTree
 
 from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
-from ._resume import load_metrics, resume_loggers
+from ._resume import resume_loggers
 from ._saver import checkpoint_folder, checkpoint_folders, fixed_configuration
 from ._say import say
+from ._sensible import known_metrics, position, sensible
 from ._stream import MetricStream
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ def rewound(trainer: Trainer, run: FitRun, stream: MetricStream) -> bool:
         )
         return False
     path, tree, metadata = found
-    at, then = run.position, metadata["position"]
-    skipped, undone = at.total_batches - then["total_batches"], at.step - then["step"]
+    with sensible(path, ValueError):
+        at, then = run.position, position(metadata["position"])
+    skipped, undone = at.total_batches - then.total_batches, at.step - then.step
     # First of all: a resume must not prefer one of them to that of the rewind. And before the
     # callbacks' states are restored: what they list must not be there under a name used again.
-    abandoned = _abandon(trainer, run, then["step"])
-    _restore(trainer, run, stream, tree, metadata)
+    abandoned = _abandon(trainer, run, then.step)
+    with sensible(path):
+        _restore(trainer, run, stream, tree, metadata)
     run.rewind_request = None
     trainer.save_checkpoint(_successor(trainer, path))
     trainer._save_requested()
@@ -83,9 +86,9 @@ def _restore(
     run.position.phase = "stepped"
     stream.load_state_dict(metadata["stream"], run.metrics_like)
     resume_loggers(trainer, run.position.step, metadata.get("loggers", []))
-    load_metrics(trainer, metadata)
+    trainer.callback_metrics = known_metrics(metadata["metrics"])
     # Whoever still wants the run to stop says so again.
-    trainer.should_stop, trainer.stop_reason = False, None
+    trainer.should_stop, trainer.stop_reason, trainer._remembered_stop = False, None, None
 
 
 def _newest_intact(

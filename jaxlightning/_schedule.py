@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-Phase = Literal["epoch", "stepped", "settled", "ended"]
+Phase = Literal["epoch", "started", "stepped", "settled", "ended"]
 
 
 @dataclasses.dataclass
 class Position:
     """Where a fit is. Together with the state, all that the loop needs to go on.
 
-    `phase` says what is done: `"epoch"`: whole epochs; `"stepped"`: a step, but not yet all that
+    `phase` says what is done: `"epoch"`: whole epochs; `"started"`: what the
+    start of an epoch causes; `"stepped"`: a step, but not yet all that
     it causes (log, validation, checkpoint); `"settled"`: a step and all that it causes; `"ended"`:
     an epoch, or the part of it with which the fit was over, and all that its end causes, with
     `epoch` still its number.

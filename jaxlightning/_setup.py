@@ -236,13 +236,17 @@ def open_data(trainer: Trainer) -> Feed:
     return feed
 
 
-def close_data(trainer: Trainer) -> None:
-    """Ends the threads and processes that read for an entry point."""
+def open_feeds(trainer: Trainer) -> list[Feed]:
     feeds = [*trainer._val_feeds.values()]
     feeds += [feed for found in trainer._eval_feeds.values() for feed in found.values()]
     if trainer._run is not None:
         feeds.append(trainer._run.feed)
-    for feed in feeds:
+    return feeds
+
+
+def close_data(trainer: Trainer) -> None:
+    """Ends the threads and processes that read for an entry point."""
+    for feed in open_feeds(trainer):
         feed.close()
 
 

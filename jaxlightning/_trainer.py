@@ -167,6 +167,7 @@ class Trainer(Facts):
         self.stage: str | None = None
         self.should_stop = False
         self.stop_reason: str | None = None
+        self._remembered_stop: str | None = None
         self.batch_idx = 0
         self.callback_metrics: Numbers = {}
         self.logged_metrics: Numbers = {}
@@ -204,6 +205,11 @@ class Trainer(Facts):
             raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
         if resume is not None and ckpt_path is not None:
             raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
+        if allow_changes and resume is None and ckpt_path is None:
+            raise ValueError(
+                "`allow_changes=True` is about a checkpoint to go on from, and this fit starts "
+                'anew. Add `resume="auto"` or `ckpt_path=`, or leave it out.'
+            )
         setting_up.refuse_nested(self, "fit")
         checkpoint = ckpt_path if resume is None else resume
         passed = {"train": train_dataloaders, "val": val_dataloaders}
@@ -352,7 +358,7 @@ class Trainer(Facts):
     # The parts of a fit
 
     def _begin_fit(self) -> None:
-        self.should_stop, self.stop_reason = False, None
+        self.should_stop, self.stop_reason, self._remembered_stop = False, None, None
         self._run = None  # type: ignore[assignment]
         self._start = Position()
         self._callback_states = None
@@ -379,7 +385,12 @@ class Trainer(Facts):
             self._run.compile(self._signals.poll)
 
     def _reopen_data(self) -> None:
+        replaced = setting_up.open_feeds(self)
         self._run.go_on_with(setting_up.open_data(self))
+        kept = [feed.loader for feed in setting_up.open_feeds(self)]
+        for feed in replaced:
+            if not any(feed.loader is loader for loader in kept):
+                feed.close()
         self._run.plan(self._schedule, self._bus.needs_state)
 
     @contextlib.contextmanager
@@ -428,15 +439,18 @@ class Trainer(Facts):
         if self._saver.asked:
             self._signals.check()
             self._stream.flush()
-            for logger in self.loggers:
-                logger.save()
             self._saver.save(self)
 
     # For callbacks and users
 
-    def stop(self, reason: str) -> None:
-        """Asks the fit to stop after this step, once `min_epochs` and `min_steps` are met."""
+    def stop(self, reason: str, *, remembered: bool = True) -> None:
+        """Asks the fit to stop after this step, once `min_epochs` and `min_steps` are met.
+
+        A run that goes on from a checkpoint of later is asked again, unless it is not to be
+        `remembered`: by callbacks that decide anew from their own state.
+        """
         self.should_stop, self.stop_reason = True, reason
+        self._remembered_stop = reason if remembered else self._remembered_stop
 
     def rewind(self, step: int, reason: str) -> None:
         """Asks the fit to go back, after this step, to the latest checkpoint of `step` or before.

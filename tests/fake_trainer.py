@@ -50,7 +50,7 @@ class FakeTrainer:
 
     # What callbacks ask for
 
-    def stop(self, reason):
+    def stop(self, reason, *, remembered=True):
         self.should_stop, self.stop_reason = True, reason
 
     def save_checkpoint(self, path, weights_only=False):

@@ -95,13 +95,24 @@ class RepeatedEpochs(Epochs):
         return next(iter(self.loader))
 
     def open(self, epoch: int, start: int) -> Generator[Read, None, None]:
-        _, restored = self._going_on()
+        taken, restored = self._going_on()
         opened = batches = iter(self.loader)
         if start and restored is not None:
             opened.set_state(restored)
         else:
+            if taken and not start and restored is None:
+                self._warn_of_epochs(epoch)
             batches = self.replayed(opened, start)
         yield from _noted(batches, opened, self.name, epoch, start)
+
+    def _warn_of_epochs(self, epoch: int) -> None:
+        if not isinstance(self.loader, list | tuple):
+            warnings.warn(
+                f"The {self.name} data is a `{type(self.loader).__name__}`, which does not know of "
+                f"epochs: the run goes on with epoch {epoch}, and is the same only if every "
+                "iteration gives the same batches. A `DataLoader` shuffles by the epoch's number.",
+                stacklevel=2,
+            )
 
 
 class OnePassEpochs(Epochs):
