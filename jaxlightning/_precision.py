@@ -44,6 +44,13 @@ class Precision(NamedTuple):
         """The batch as the task's methods see it."""
         return cast(batch, self.compute if self.inputs is None else self.inputs)
 
+    def names(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {
+            name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
+            for name, value in self._asdict().items()
+        }
+
     @classmethod
     def named(cls, name: str | Precision) -> Precision:
         if isinstance(name, Precision):

@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import PyTree
 
 from ._callback import Checkpoint
 from ._checkpoint import CheckpointStore, Entry, find_checkpoints
 from ._checkpoint_manifest import plain
+from ._configuration import DECIDING_FLAGS, ROUNDING_FLAGS
 from ._say import say
 from ._signals import Interrupted
 from .data._iterator_state import encode_state
@@ -164,8 +165,10 @@ def checkpoint_metadata(trainer: Trainer, path: Path, weights_only: bool) -> dic
         "loaders": trainer._asked,
         "iterator": encode_state(run.data_state),
         "rewind": run.rewind_request,
+        "stop": trainer._remembered_stop,
         "loggers": [_described(logger, path) for logger in trainer.loggers],
         "fixed": fixed_configuration(trainer),
+        "environment": environment(trainer),
     }
     trainer._bus.on_save_checkpoint(trainer, found)
     return found
@@ -188,19 +191,26 @@ def goes_on(entry: Entry) -> bool:
 
 def fixed_configuration(trainer: Trainer) -> dict[str, Any]:
     """What has to be equal for a resumed run to be the same run."""
-    precision = {
-        name: value if value is None or isinstance(value, bool) else jnp.dtype(value).name
-        for name, value in trainer.precision._asdict().items()
-    }
     found = {
         "seed": trainer.seed,
-        "precision": precision,
+        "precision": trainer.precision.names(),
+        **{name: getattr(jax.config, name) for name in DECIDING_FLAGS},
         **{name: getattr(trainer, name) for name in _FIXED},
         **trainer._run.configuration,
         "train data": trainer._run.feed.fingerprint(),
         "validation data": {k: feed.fingerprint() for k, feed in trainer._val_feeds.items()},
     }
     return plain(found)  # as it comes back from JSON
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """What a run computes the same with, but for rounding: it may go on elsewhere."""
+    return {
+        "platform": trainer.mesh.devices.flat[0].platform,
+        "mesh": dict(trainer.mesh.shape),
+        "deterministic": trainer._arguments.deterministic,
+        **{name: getattr(jax.config, name) for name in ROUNDING_FLAGS},
+    }
 
 
 _FIXED = (

@@ -85,7 +85,7 @@ def test_the_same_configuration_made_anew_is_the_same(tuned):
     ("task", "line"),
     [
         (lambda: Tuned(adam(b1=0.8)), r"scale_by_adam\.update_fn: b1: 0\.9 in the .*, 0\.8 now"),
-        (lambda: Tuned(adam(steps=50)), r"decay_steps: 100\.0 in the checkpoint, 50\.0 now"),
+        (lambda: Tuned(adam(steps=50)), r"decay_steps: 100 in the checkpoint, 50 now"),
         (lambda: Tuned(adam(), jax.nn.tanh), r"activation: relu in the checkpoint, tanh now"),
     ],
 )
@@ -116,6 +116,25 @@ def test_other_versions_of_packages_are_warned_of(saved, monkeypatch):
         trainer(saved, max_epochs=2).fit(Classifier(), loader(), ckpt_path="last")
 
 
+def test_rounding_is_warned_of(saved):
+    """A run may go on elsewhere."""
+    matmul = r"jax_default_matmul_precision: None in the checkpoint, highest now"
+    with (
+        pytest.warns(UserWarning, match=rf"not bit for bit .*:\n  {matmul}$"),
+        jax.default_matmul_precision("highest"),
+    ):
+        trainer(saved).fit(Classifier(), loader(), ckpt_path="last")
+    others = r"deterministic: False in the .*, True now\n  mesh: data: 1 in the checkpoint, 2 now$"
+    with pytest.warns(UserWarning, match=rf"not bit for bit .*:\n  {others}"):
+        trainer(saved, devices=2, deterministic=True).fit(Classifier(), loader(), ckpt_path="last")
+
+
+def test_other_random_numbers_are_another_run(saved):
+    line = r"\n  jax_threefry_partitionable: True in the checkpoint, False now"
+    with pytest.raises(ValueError, match=line), jax.threefry_partitionable(False):
+        trainer(saved).fit(Classifier(), loader(), ckpt_path="last")
+
+
 def test_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'write `resume="auto"`'):
         trainer(tmp_path).fit(Classifier(), loader(), ckpt_path="last")
@@ -131,6 +150,8 @@ def test_contradictions():
         quiet(max_epochs=1).fit(Classifier(), loader(), resume="auto", ckpt_path="last")
     with pytest.raises(ValueError, match=r"`resume='last'` is unknown\. Write \"auto\""):
         quiet(max_epochs=1).fit(Classifier(), loader(), resume="last")
+    with pytest.raises(ValueError, match=r"this fit starts anew\. Add `resume=\"auto\"` or"):
+        quiet(max_epochs=1).fit(Classifier(), loader(), allow_changes=True)
 
 
 def test_weights_only_cannot_be_resumed(tmp_path):

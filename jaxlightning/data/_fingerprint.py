@@ -9,24 +9,19 @@ noticed; a change of a few values in rows that are not in the sample is not.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import enum
-import functools
 import hashlib
-import math
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from jaxlightning._configuration import BYTES, described, sampled
+
 ROWS = 256
 ROWS_OF_LIST = 64  # and of a dataset: each is a read of its own
-BYTES = 2**20
-_DEEP = 4
-_LONG = 100
 
 
 def sampled_rows(count: int, most: int = ROWS) -> list[int]:
@@ -51,7 +46,7 @@ def of_list(rows: Sequence[Any]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for row in sampled_rows(len(rows), ROWS_OF_LIST):
         for path, leaf in jax.tree_util.tree_flatten_with_path(rows[row])[0]:
-            found = plain(leaf, budget=BYTES // ROWS_OF_LIST)
+            found = described(leaf, BYTES // ROWS_OF_LIST)
             digest.update(f"{jax.tree_util.keystr(path)} {found}".encode())
     return {"rows": len(rows), "checksum": digest.hexdigest()[:16]}
 
@@ -59,13 +54,9 @@ def of_list(rows: Sequence[Any]) -> dict[str, Any]:
 def _sample(array: np.ndarray, budget: int) -> str:
     digest = hashlib.sha256()
     rows = sampled_rows(len(array))
-    share = max(budget // len(rows), 1)
     with _read_sparsely(array):
         for row in rows:
-            flat = np.ravel(array[row])
-            # Of a row that is too long, values evenly spaced.
-            step = max(1, -(-flat.nbytes // share))
-            _add(digest, flat[::step])
+            digest.update(sampled(np.asarray(array[row]), budget // len(rows)))
     return digest.hexdigest()[:16]
 
 
@@ -84,18 +75,13 @@ def _read_sparsely(array: Any) -> Iterator[None]:
         array.madvise(mmap.MADV_NORMAL)
 
 
-def _add(digest: Any, array: np.ndarray) -> None:
-    # The bytes of an array of objects are addresses.
-    digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
-
-
 def checksum(tree: PyTree) -> str:
     """Of all that is in the leaves of a pytree."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         array = np.asarray(leaf)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype}{array.shape}".encode())
-        _add(digest, array)
+        digest.update(sampled(array, array.nbytes))
     return digest.hexdigest()[:16]
 
 
@@ -147,56 +133,3 @@ def _flat(array: Any, most: int) -> Iterator[bytes]:
     else:
         for value in array.to_pylist():
             yield (value if isinstance(value, bytes) else repr(value).encode())[:most]
-
-
-def of_function(function: Callable[..., Any]) -> Any:
-    """A function's name; of a `functools.partial` and of an object that is called, its arguments
-    and attributes too. What a function captures, and its code, are not looked at."""
-    if isinstance(function, functools.partial):
-        named = {str(i): argument for i, argument in enumerate(function.args)}
-        arguments = {name: plain(value) for name, value in (named | function.keywords).items()}
-        return {"partial": of_function(function.func), "arguments": arguments}
-    name = getattr(function, "__qualname__", None)
-    if name is not None:
-        return name
-    return of_object(function)
-
-
-def of_object(thing: Any) -> Any:
-    """The name of an object's type, and its attributes."""
-    fields = dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
-    names = [field.name for field in fields] or sorted(getattr(thing, "__dict__", ()))
-    attributes = {name.lstrip("_"): plain(getattr(thing, name)) for name in names}
-    name = type(thing).__qualname__
-    return {"object": name, "attributes": attributes} if attributes else name
-
-
-def plain(value: Any, deep: int = 0, budget: int = BYTES) -> Any:
-    """A value as a fingerprint may hold it: of what is no plain value, its kind."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if isinstance(value, str) and len(value) <= _LONG:
-        return value
-    if isinstance(value, str | bytes):
-        content = value.encode() if isinstance(value, str) else value
-        kind = type(value).__name__
-        return f"{kind} of {len(value)} {hashlib.sha256(content).hexdigest()[:16]}"
-    if isinstance(value, np.ndarray | jax.Array):
-        key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
-        array = np.asarray(jax.random.key_data(value) if key else value)
-        return f"{array.dtype}{list(array.shape)} {_sample(array[None], budget)}"
-    if isinstance(value, list | tuple | dict):
-        if deep == _DEEP or len(value) > _LONG:
-            return f"{type(value).__name__} of {len(value)}"
-        if isinstance(value, dict):
-            return {str(name): plain(inner, deep + 1) for name, inner in value.items()}
-        return [plain(inner, deep + 1) for inner in value]
-    if isinstance(value, slice | enum.Enum):
-        return repr(value)
-    if isinstance(value, functools.partial):
-        return of_function(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlightning._configuration import described
+
 from ._culprit import first_failing
-from ._fingerprint import of_arrays, of_function, of_list, of_object, plain
+from ._fingerprint import of_arrays, of_list
 
 _KINDS = ("MapDataset", "IterDataset", "DataLoader", "DatasetIterator", "DataLoaderIterator")
 # The length of what was repeated without an end is about `sys.maxsize`, by the batch size.
@@ -158,8 +160,8 @@ def _any(node: Any, *names: str) -> bool:
 
 
 def describe(loader: Any) -> dict[str, Any]:
-    """The steps of a pipeline, the source first, with all of their settings that are plain values
-    and that change what it gives. Grain itself checks nothing of that where a state is restored."""
+    """The steps of a pipeline, the source first, with all of their settings that change what it
+    gives. Grain itself checks nothing of that where a state is restored."""
     steps: list[tuple[str, Any]] = []
     node = loader
     while node is not None:
@@ -196,7 +198,7 @@ def _settings(node: Any) -> dict[str, Any]:
             continue
         if isinstance(getattr(type(node), f"_{name}", None), cached_property):
             continue  # derived, and there only once somebody asked
-        found[name] = _source(value) if name in _SOURCES else _setting(value)
+        found[name] = _source(value) if name in _SOURCES else described(value)
     return found
 
 
@@ -210,13 +212,6 @@ def _source(source: Any) -> Any:
         return of_arrays(source)
     rows = len(source) if hasattr(source, "__len__") else None
     return {"type": type(source).__name__, "rows": rows}
-
-
-def _setting(value: Any) -> Any:
-    if callable(value) and not isinstance(value, type):
-        return of_function(value)
-    found = plain(value)
-    return of_object(value) if found == type(value).__qualname__ else found
 
 
 # What went wrong in it

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from jaxlightning._configuration import described
+
 from . import _fingerprint, _grain
 from ._culprit import first_failing, listed
 
@@ -63,9 +65,7 @@ class DataLoader:
         self.allow_nan = allow_nan
         self._rows, self._read, self._source_fingerprint = _reader(source)
         # Now, since an object that is called may change by it.
-        self._transform_fingerprint = (
-            None if transform is None else _fingerprint.of_function(transform)
-        )
+        self._transform_fingerprint = described(transform)
         if self._rows == 0:
             raise ValueError("The `source` of this `DataLoader` is empty: it has no rows.")
         if len(self) == 0:
@@ -154,8 +154,8 @@ class DataLoader:
         at most 256 rows (64 of a dataset) that are evenly spaced, and at most 1 MiB. So another
         file, order or preprocessing is noticed, but not a few changed values elsewhere. A source
         of another kind has a `fingerprint()` of its own, or only its type and length count. Of a
-        `transform` the name counts, and the arguments of a `functools.partial` and the attributes
-        of an object that is called, where they are plain values; its code does not.
+        `transform` the name counts, what it closes over, the arguments of a `functools.partial`
+        and the attributes of an object that is called; its code does not.
         """
         return {
             "source": self._content,
