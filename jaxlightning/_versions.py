@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._checkpoint import CheckpointError, find_checkpoints
 from ._checkpoint_read import read_metadata
 from ._saver import goes_on
+from ._sensible import sensible
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -27,8 +28,6 @@ def settle_versions(trainer: Trainer, checkpoint: Any) -> None:
             version = versions.get(place)
             if version is None:
                 version = _version_among(logged, *place)
-            if version is None and checkpoint in ("last", "best", "auto"):
-                version = _newest_version(*place)
             if version is not None:
                 logger.version = version
         versions.setdefault(place, logger.version)
@@ -36,7 +35,7 @@ def settle_versions(trainer: Trainer, checkpoint: Any) -> None:
 
 def _logged_by(trainer: Trainer, checkpoint: Any) -> list[Path]:
     """The folders that the run logged to, by the checkpoint, if it can be found without them."""
-    folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or _newest_folder(trainer)
     try:
         if checkpoint not in (None, "last", "best", "auto"):
             path, metadata = Path(checkpoint).absolute(), read_metadata(checkpoint)
@@ -49,8 +48,9 @@ def _logged_by(trainer: Trainer, checkpoint: Any) -> list[Path]:
             return []
     except (CheckpointError, OSError):  # which is told when it is about to be restored
         return []
-    relative = [entry.get("log_dir") for entry in metadata.get("loggers", [])]
-    return [(path / name).resolve() for name in relative if isinstance(name, str)]
+    with sensible(path, ValueError):
+        relative = [entry.get("log_dir") for entry in metadata.get("loggers", [])]
+        return [(path / name).resolve() for name in relative if isinstance(name, str)]
 
 
 def _version_among(folders: list[Path], save_dir: str, name: str) -> int | str | None:
@@ -63,15 +63,16 @@ def _version_among(folders: list[Path], save_dir: str, name: str) -> int | str |
     return None
 
 
-def _newest_version(save_dir: str, name: str) -> int | None:
-    """The number of the newest run under a logger's folder that has checkpoints."""
-    folder = Path(save_dir, name)
-    if not folder.is_dir():
-        return None
-    versions = [
-        int(match[1])
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"version_(\d+)", path.name))
-        and find_checkpoints(path / "checkpoints")
-    ]
-    return max(versions, default=None)
+def _newest_folder(trainer: Trainer) -> Path | None:
+    """The checkpoints of the newest run that the first logger knows, if it has any."""
+    for logger in trainer.loggers[:1]:
+        runs = Path(logger.save_dir, logger.name) if hasattr(logger, "is_settled") else Path()
+        numbered = [
+            (int(match[1]), path / "checkpoints")
+            for path in (runs.iterdir() if runs.is_dir() else ())
+            if (match := re.fullmatch(r"version_(\d+)", path.name))
+        ]
+        for _, folder in sorted(numbered, reverse=True):
+            if find_checkpoints(folder):
+                return folder
+    return None
