@@ -36,8 +36,11 @@ def trainer(root):
     )
 
 
-def fit(root):
-    trainer(root).fit(Classifier(), DataLoader(rows(16), 8), ckpt_path=root / "saved" / LAST)
+def fit(root, task=None, **arguments):
+    run = trainer(root)
+    path = root / "saved" / LAST
+    run.fit(task or Classifier(), DataLoader(rows(16), 8), ckpt_path=path, **arguments)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_nonsense_is_refused_with_a_sentence(root, entry, value):
 
 def test_as_it_was_written_it_goes_on(root):
     forge(root, lambda metadata: None)
-    fit(root)
+    assert fit(root).global_step == 4
 
 
 def test_the_best_of_a_folder_that_says_nonsense(root):
@@ -138,8 +141,12 @@ def test_what_is_raised_can_be_caught_by_its_public_name(root):
             super().__init__()
             self.more = jax.numpy.zeros(2)
 
-    with pytest.raises(CheckpointMismatch, match=r"`warm_start\(path, task, include=\.\.\.\)`"):
-        trainer(root).fit(Other(), DataLoader(rows(16), 8), ckpt_path=root / "saved" / LAST)
+    advice = r"`warm_start\(path, task, include=\.\.\.\)`"
+    with (
+        pytest.warns(UserWarning, match="not bit for bit"),
+        pytest.raises(CheckpointMismatch, match=advice),
+    ):
+        fit(root, Other(), allow_changes=True)
     assert issubclass(CheckpointMismatch, CheckpointError)
     assert issubclass(Other, TaskModule)
     found = load_arrays(root / "saved" / LAST, include="^task/")
