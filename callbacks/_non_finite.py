@@ -73,6 +73,8 @@ class SkipNonFinite(Callback):
     """
 
     max_in_a_row: int
+    guards_capsule = False
+    """Whether it is there for a `ReplayCapsule` only, and the user has not heard of it."""
 
     def __init__(self, max_in_a_row: int = 10):
         if not isinstance(max_in_a_row, int) or max_in_a_row < 1:
@@ -144,16 +146,27 @@ class SkipNonFinite(Callback):
             trainer.state = state.replace(skipped=state.skipped.forgotten())
         of = self._whereabouts.of
         lines = [_line(trainer, step, of(trainer, step)) for step in range(first, last + 1)]
+        many, found = length > 1, listed(lines, most=_SHOWN)
         raise NonFiniteSteps(
-            f"In {length} step{'s' if length > 1 else ''} in a row the loss, a gradient or an "
-            f"update was NaN or infinite:{listed(lines, most=_SHOWN)}\nThey were refused, so "
-            "the task is as it was before them. Look at the data, lower the learning rate, or clip "
-            "with `gradient_clip_val=1.0`. To see in which operation it appears, add the callback "
-            "`ReplayCapsule()`; to bear more, raise "
-            f"`SkipNonFinite(max_in_a_row={self.max_in_a_row})`.",
+            f"In {f'{length} steps in a row' if many else 'a step'} the loss, a gradient or an "
+            f"update was NaN or infinite:{found}\n{'They were' if many else 'It was'} refused, so "
+            f"the task is as it was before {'them' if many else 'it'}. Look at the data, lower the "
+            "learning rate, or clip with `gradient_clip_val=1.0`. "
+            + self._what_else({type(callback).__name__ for callback in trainer.callbacks}),
             first,
             of(trainer, first),
         )
+
+    def _what_else(self, callbacks: set[str]) -> str:
+        if self.guards_capsule:
+            return (
+                "The callback `ReplayCapsule` ends a run at the first such step, by "
+                "`SkipNonFinite(max_in_a_row=1)`, which it brings along. To pass over such steps, "
+                "add `SkipNonFinite()` yourself: up to 10 in a row then do not end the run."
+            )
+        see = "To see in which operation it appears, add the callback `ReplayCapsule()`; t"
+        bear = f"o bear more, raise `SkipNonFinite(max_in_a_row={self.max_in_a_row})`."
+        return ("T" if "ReplayCapsule" in callbacks else see) + bear
 
     def state_dict(self) -> dict[str, Any]:
         return {"whereabouts": self._whereabouts.state_dict(), "reported": self._reported}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ._callback import Bus, Callback, InsideStep, overrides
 from ._capsule_read import Capsule, ReplayError
@@ -19,11 +21,11 @@ from ._fit import FitRun
 from ._init import TaskSource, empty_metrics
 from ._operation import OperationFailed
 from ._provenance import Taint, Value, given, run_watched
-from ._replay_report import Replayed
+from ._replay_report import Replayed, raised
 from ._schedule import Schedule
 from ._setup import bus_for, make_run
 from ._state import TrainState
-from ._task import TaskModule
+from ._task import NotOfHyperparameters, TaskModule
 from ._weights import with_tuples
 from .data import DeviceBatch, Feed
 from .parallel import leaf_path
@@ -61,6 +63,13 @@ def replay(
     capsule = Capsule(folder)
     trainer, source, sample = _ingredients(task, capsule)
     batches = capsule.batches(sample)
+    with _callbacks_untold():
+        return _replayed(capsule, trainer, source, batches, checkpoint)
+
+
+def _replayed(
+    capsule: Capsule, trainer: Any, source: Any, batches: list[list[PyTree]], checkpoint: Any
+) -> Replayed:
     run = _rebuilt(trainer, source, capsule, [batch for step in batches for batch in step])
     like = eqx.tree_at(lambda state: state.metrics, run.abstract_state(), {})
     state, notes = capsule.state(like, batches, checkpoint)
@@ -74,6 +83,22 @@ def replay(
             break
         state = run._unflatten(run.tried(state, window)[0])
     return found
+
+
+@contextlib.contextmanager
+def _callbacks_untold() -> Iterator[None]:
+    """Keeps JAX from logging, with two tracebacks each time, what a callback raises: the step is
+    run for that, and on the way to the operation it raises several times."""
+    logger = logging.getLogger("jax._src.callback")
+
+    def is_else(record: logging.LogRecord) -> bool:
+        return not record.getMessage().endswith("callback failed")
+
+    logger.addFilter(is_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_else)
 
 
 # The run, built as a fit builds it
@@ -109,9 +134,34 @@ def _ingredients(task: Any, capsule: Capsule) -> tuple[Any, Any, PyTree]:
                 f"`{capsule.path}` was written by a Trainer that there can't be: {error}"
             ) from error
     if isinstance(task, type) and issubclass(task, TaskModule):
-        kind, hyperparameters = task, with_tuples(capsule.hyperparameters)
-        task = lambda key: kind.from_hyperparameters(hyperparameters, key)
+        task = _made_of_hyperparameters(task, capsule)
     return trainer, task, sample
+
+
+def _made_of_hyperparameters(kind: type[TaskModule], capsule: Capsule) -> Callable[..., TaskModule]:
+    """**Raises:** `ReplayError` for another class than the capsule's; what is returned, for one
+    that takes more than hyper-parameters."""
+    name = kind.__name__
+    if kind.__qualname__ != capsule.task:
+        raise ReplayError(
+            f"The capsule `{capsule.path}` is of `{capsule.task}`, and not of "
+            f"`{kind.__qualname__}`. Name that class; if it was renamed, write "
+            f"`def make(key): return {name}(...)` and `--task f.py:make`."
+        )
+    hyperparameters = with_tuples(capsule.hyperparameters)
+
+    def make(key: PRNGKeyArray) -> TaskModule:
+        try:
+            return kind.from_hyperparameters(hyperparameters, key)
+        except NotOfHyperparameters as error:
+            raise ReplayError(
+                f"`{name}` can't be made of the capsule's hyper-parameters "
+                f"{sorted(hyperparameters)} alone, since it has to be called with "
+                f"`{error.argument}`. In the file of the task, which is `f.py` here, write `def "
+                f"make(key): return {name}(...)`, as the run has it, and `--task f.py:make`."
+            ) from error
+
+    return make
 
 
 def _check_configured_alike(trainer: Any, capsule: Capsule) -> None:
@@ -180,9 +230,9 @@ def _one_step(
     try:
         targets = _watched(run, state, window, found)
     except OperationFailed as failure:
-        return found._replace(
-            kind="error", operation=failure.operation, error=repr(failure.__cause__)
-        )
+        # Who raises says why. How a library gets there is nobody's concern.
+        operation = failure.operation._replace(frames=failure.operation.frames[-1:])
+        return found._replace(kind="error", operation=operation, error=raised(failure.__cause__))
     blamed = _blamed(targets)
     if blamed is not None:
         return _explained(found, *blamed)
@@ -192,7 +242,7 @@ def _one_step(
         floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         anomalous = any(bool(jnp.isnan(leaf).any()) for leaf in floats)
     except Exception as error:
-        return found._replace(kind="compiled", error=repr(error))
+        return found._replace(kind="compiled", error=raised(error))
     if anomalous or (loss is not None and not np.isfinite(loss)):
         return found._replace(kind="compiled", loss=loss)
     return found._replace(kind=None, loss=loss)

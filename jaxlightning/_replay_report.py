@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from ._capsule_read import Capsule
@@ -22,6 +23,22 @@ _CHOOSES = (
     "that was not chosen, and 0 times infinity is NaN. If that is what happens here, choose before "
     "the operation: `jnp.sqrt(jnp.where(x > 0, x, 1.0))`."
 )
+
+
+_TRACEBACK = re.compile(r"\A[^\n]*Traceback \(most recent call last\):\n(?:[ \t][^\n]*\n|\n)*")
+_OF_EQUINOX = re.compile(r"_EquinoxRuntimeError: (.*?)(?:\n\n+-{10,}\n.*)?", re.DOTALL)
+
+
+def raised(error: BaseException | str | None) -> str:
+    """What somebody's code raised: its type and its message.
+
+    What a callback on the host raises comes out of a compiled program as a traceback, in the
+    message of an error of the runtime's; `eqx.error_if` adds to that how to be read better.
+    """
+    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
+    text = _TRACEBACK.sub("", text, count=1).strip()
+    equinox = _OF_EQUINOX.fullmatch(text)
+    return equinox[1] if equinox else text
 
 
 class Replayed(NamedTuple):
@@ -48,6 +65,7 @@ class Replayed(NamedTuple):
     others: int = 0
     """How many other operations make some of it, independently of this one."""
     error: str = ""
+    """See `raised`."""
     loss: float | None = None
     """Of the compiled step, where run by operations it does not fail."""
 
@@ -63,7 +81,7 @@ class Replayed(NamedTuple):
         capsule = self.capsule
         batches = capsule.steps[self.number]
         where = "" if batches is None else f", {batches}"
-        failed = capsule.error.splitlines() or [""]
+        failed = raised(capsule.error).splitlines() or [""]
         return [
             f"Step {capsule.step + self.number} of `{capsule.task}`{where}{self._rows()}",
             f"  It had failed with {failed[0]}",
@@ -98,7 +116,7 @@ class Replayed(NamedTuple):
                 "compiler orders and fuses operations, and keeps other roundings."
             ]
         if self.kind == "error":
-            return [f"{self.error} is raised by {self.operation}"]
+            return [f"Run again, it fails with {self.error}", f"It is raised by {self.operation}"]
         what = "NaN" if self.kind == "nan" else "Infinity"
         where = _WHERE[self.group].format(self.path)
         if self.operation is None:

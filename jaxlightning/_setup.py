@@ -16,6 +16,7 @@ from ._callback import Bus, Callback, Checkpoint, overrides
 from ._checks import check_monitors, nearest
 from ._evaluate import abstract_outputs
 from ._fit import FitRun
+from ._importing import refuse_imported
 from ._init import TaskSource, call_configured
 from ._optim import task_optimizer
 from ._precision import Precision
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 
 def refuse_nested(trainer: Trainer, entry: str) -> None:
-    """**Raises:** `RuntimeError` where an entry point is called inside another."""
+    """**Raises:** `RuntimeError` where an entry point is called inside another, and an error where
+    a script is imported that is to be looked into, and not to train."""
+    refuse_imported(entry)
     if trainer._stage_entry is not None:
         raise RuntimeError(
             f"`{entry}` was called during `{trainer._stage_entry}` of the same Trainer, whose "
@@ -179,7 +182,9 @@ def _guards(trainer: Trainer, task: TaskModule, callbacks: list[Callback]) -> li
         return []
     from jaxlightning.callbacks import SkipNonFinite
 
-    return [SkipNonFinite(max_in_a_row=1)]
+    guard = SkipNonFinite(max_in_a_row=1)
+    guard.guards_capsule = True
+    return [guard]
 
 
 # Data

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T", bound="TaskModule")
 _BUFFER = "jaxlightning_buffer"
+
+
+class NotOfHyperparameters(TypeError):
+    """A class can't be made of stored hyper-parameters alone: it takes `argument` too."""
+
+    def __init__(self, message: str, argument: str):
+        super().__init__(message)
+        self.argument = argument
+
+
 _ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -189,11 +199,12 @@ class TaskModule(eqx.Module):
             if p.default is p.empty and p.name not in given and p.kind not in _ANY_NUMBER
         ]
         if absent:
-            raise TypeError(
+            raise NotOfHyperparameters(
                 f"`{cls.__name__}` can't be made of its hyper-parameters {sorted(hyperparameters)}"
                 f" alone, since it has to be called with `{absent[0]}`. Say how it is made: "
                 f"`{cls.__name__}.load_from_checkpoint(path, make=lambda hyperparameters, key: "
-                f"{cls.__name__}(...))`, or override `from_hyperparameters`."
+                f"{cls.__name__}(...))`, or override `from_hyperparameters`.",
+                absent[0],
             )
         return cls(**given)
 

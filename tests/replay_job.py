@@ -104,6 +104,9 @@ class Fails(TaskModule):
         zero = jax.ShapeDtypeStruct((), jnp.float32)
         return h.sum(1) + jax.pure_callback(refuse, zero, x)  # line: callback
 
+    def refused(self, h, x, key):
+        return eqx.error_if(h.sum(1), (x < 0).any(), "negative weight!")  # line: refused
+
     def configure_optimizers(self):
         if self.kind == "optimizer":
             return optax.chain(zero_over_zero_where_it_stands_still(), optax.sgd(0.001))

@@ -17,6 +17,7 @@ from jaxlightning.callbacks import (
     ExponentialMovingAverage,
     LambdaCallback,
     ModelCheckpoint,
+    ReplayCapsule,
     SkipNonFinite,
 )
 
@@ -133,6 +134,23 @@ def test_too_many_in_a_row_end_the_run_and_are_named(steps_per_dispatch):
     assert trainer.global_step > 14
 
 
+def test_advice_is_for_the_callbacks_at_hand(tmp_path):
+    capsule = ReplayCapsule(tmp_path)
+    both, _ = fit({2, 3}, k=2, callbacks=[capsule])
+    assert "with `gradient_clip_val=1.0`. To bear more, raise `SkipNonFinite(max_in_a_row=2)`." in (
+        str(both)
+    )
+    assert "add the callback" not in str(both)
+    alone = quiet_trainer([capsule], log_every_n_steps=5, max_epochs=1)
+    with pytest.raises(FloatingPointError) as error:
+        alone.fit(Regression.initial(), list(batches(8, {2})))
+    assert "by `SkipNonFinite(max_in_a_row=1)`, which it brings along. To pass over" in (
+        str(error.value)
+    )
+    assert "add the callback" not in str(error.value)
+    assert "raise" not in str(error.value)
+
+
 def test_the_state_at_the_error_is_that_before_the_streak():
     """Whatever came after it: good batches, and a streak that is shorter."""
     ema = ExponentialMovingAverage(0.9)
@@ -154,7 +172,7 @@ def test_a_streak_in_an_interval_that_the_fit_cuts_short_is_not_missed():
 
 def test_one_is_named_in_the_singular_and_of_many_only_the_first():
     error, _ = fit({2}, count=4, k=1)
-    assert "In 1 step in a row" in str(error)
+    assert "In a step the loss, a gradient or an update was NaN or infinite:\n" in str(error)
     error, _ = fit(set(range(2, 20)), k=15)
     assert len(named(error)) == 10
     assert "\n  and 5 more\n" in str(error)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checkpoint_files import CheckpointError
+from .._importing import nothing_trains
 
 __all__ = ["add_command"]
 
@@ -27,8 +28,8 @@ def add_command(commands: Any) -> None:
         "--task",
         metavar="MODULE:NAME",
         help="the task's class; a function `key -> task`; or a function without arguments that "
-        "returns `(trainer, task)`. MODULE is a module or a path to a file, and is imported: what "
-        "stands under `if __name__ == '__main__'` does not run",
+        "returns `(trainer, task)`. MODULE is a module or a path to a file, and is imported, so "
+        "that training has to be under `if __name__ == '__main__':`, which does not run",
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="take the state from it, if the capsule has none"
@@ -72,7 +73,9 @@ def _named(spec: str) -> Any:
             f"`--task {spec}` has to be MODULE:NAME, such as `train.py:Classifier` or "
             "`package.module:make`."
         )
-    found: Any = _file(Path(module)) if module.endswith(".py") else _module(module)
+    guard = 'put the training under `if __name__ == "__main__":`'
+    with nothing_trains(f"`{module}` was imported to replay a step", guard):
+        found: Any = _file(Path(module)) if module.endswith(".py") else _module(module)
     for part in name.split("."):
         if not hasattr(found, part):
             raise CheckpointError(f"`{module}` has no `{name}`.")
@@ -125,4 +128,9 @@ def _called(found: Any) -> Any:
         for p in inspect.signature(found).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return found if required else found()
+    if required:
+        return found
+    name = getattr(found, "__name__", "it")
+    instead = "return `(trainer, task)` before it trains"
+    with nothing_trains(f"`{name}` was asked for the run of which a step is replayed", instead):
+        return found()
