@@ -40,6 +40,7 @@ BYTES = 2**20
 """The most that is looked at of an array."""
 _LONG = 100  # items, or characters: of more, a checksum
 _VERY_LONG = 10_000  # items: of more, some
+_BEARABLE = 2**17  # characters
 _DEEPEST = 32
 _MOST = 50_000  # values in all: milliseconds, and an end to graphs of objects
 
@@ -319,7 +320,15 @@ def _some(items: Iterable[Any], length: int) -> Iterable[Any]:
 
 
 def _shortened(items: list[Any], kind: str, length: int) -> Any:
-    return f"{kind} of {length} {_hash(_json(items))}" if length > _LONG else items
+    """A checksum instead of a long list. Of parts of a model, whose differences few lines tell,
+    the list, if that can be borne in every checkpoint."""
+    if length <= _LONG:
+        return items
+    text = _json(items)
+    parts = all(isinstance(item, dict | list) for item in items)
+    if parts and len(text) <= _BEARABLE and length <= _VERY_LONG:
+        return items
+    return f"{kind} of {length} {_hash(text)}"
 
 
 def _key(found: Any) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tasks import Classifier, quiet, rows
 
 from jaxlightning import DataLoader, _configuration, _fit
+from jaxlightning._checkpoint_manifest import plain
 from jaxlightning._configuration import described, differences
 from jaxlightning._optim import per_field
 from jaxlightning.callbacks import (
@@ -133,6 +134,17 @@ def test_what_is_long_has_a_checksum(one, other, start):
     assert described(one) != described(other)
 
 
+def test_long_lists_of_parts_are_told_part_by_part():
+    """The graph of a Flax module is one list of hundreds."""
+    parts = [[f"layer {i}", {"size": i}] for i in range(300)]
+    other = [*parts[:200], ["layer 200", {"size": 0}], *parts[201:]]
+    assert differences({"x": described(parts)}, {"x": described(other)}) == [
+        "x: 200: 1: size: 200 in the checkpoint, 0 now"
+    ]
+    many = [[i, {"size": "x" * 90}] for i in range(2000)]
+    assert described(many).startswith("list of 2000 ")
+
+
 def test_a_sharding_is_told_by_axes_and_not_by_devices():
     """A run may go on with more or fewer: that is warned of."""
     spec = PartitionSpec("data")
@@ -193,6 +205,10 @@ def test_circles_and_graphs_end():
     for _ in range(10_000):
         deep = [deep]
     assert "..." in json.dumps(described(deep))
+    held = None
+    for _ in range(100):
+        held = SimpleNamespace(held=functools.partial(closing(held), [held]))
+    assert "..." in json.dumps(plain({"fixed": {"task": described(held)}}))
     assert described(list(range(10**6))).startswith("list of 1000000 ")
 
 
