@@ -14,6 +14,8 @@ from jaxlightning._listing import listed
 from jaxlightning._metrics import Metric, Sum, namespace
 from jaxlightning._whereabouts import StepBatches, Whereabouts, described
 
+from ._announce import announce
+
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer
 
@@ -57,9 +59,9 @@ class SkipNonFinite(Callback):
 
     Such a step leaves parameters, optimizer state, averages and buffers bitwise as they were; what
     it measured counts only where its loss is finite. The step's number and the data advance. It is
-    counted on the device, and logged as `train/skipped`. Overflows that float16's loss scale is
-    there to catch are not counted. (`optax.apply_if_finite` is no alternative: it writes the NaN
-    in the end.)
+    counted on the device, and logged as `train/skipped`; the first is told, with its batch, when
+    the host hears of it. Overflows that float16's loss scale is there to catch are not counted.
+    (`optax.apply_if_finite` is no alternative: it writes the NaN in the end.)
 
     After `max_in_a_row` of them, one after the other, nothing is taken any more, whatever batches
     follow until the host hears of it: the run ends with the state before the first of them.
@@ -85,6 +87,7 @@ class SkipNonFinite(Callback):
         self.max_in_a_row = max_in_a_row
         self._whereabouts = Whereabouts()
         self._reported = 0
+        self._told = False
 
     # In the step
 
@@ -114,7 +117,7 @@ class SkipNonFinite(Callback):
 
     def on_train_start(self, trainer: Trainer) -> None:
         if trainer.global_step == 0:
-            self._whereabouts, self._reported = Whereabouts(), 0
+            self._whereabouts, self._reported, self._told = Whereabouts(), 0, False
         self._whereabouts.mark(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer) -> None:
@@ -123,19 +126,36 @@ class SkipNonFinite(Callback):
     def on_train_epoch_end(self, trainer: Trainer) -> None:
         self._whereabouts.mark(trainer)
         # A last interval that is cut short by the end of the fit is never delivered.
-        self._end_after(trainer, trainer.callback_metrics.get("train/skipped_steps_epoch"))
+        self._look_at(trainer, trainer.callback_metrics, "_epoch")
 
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         # A run that went back goes on with other batches than it took then, and saves at once.
         self._whereabouts.mark(trainer)
 
     def on_log(self, trainer: Trainer, metrics: dict[str, Any], step: int) -> None:
-        self._end_after(trainer, metrics.get("train/skipped_steps"))
+        trainer.callback_metrics.pop("train/skipped_steps", None)
+        self._look_at(trainer, metrics, "")
         self._whereabouts.forget(step - self.max_in_a_row)
 
-    def _end_after(self, trainer: Trainer, streak: Any) -> None:
-        """**Raises:** `NonFiniteSteps` where the longest streak is one that ends the run."""
+    def _look_at(self, trainer: Trainer, metrics: dict[str, Any], suffix: str) -> None:
+        # It is for this callback alone, and no number that anybody monitors.
+        streak = metrics.pop(f"train/skipped_steps{suffix}", None)
         length, last = map(int, (0, 0) if streak is None else streak)
+        self._end_after(trainer, length, last)
+        if length and not self._told:
+            self._told = True
+            self._tell(trainer, int(metrics[f"train/skipped{suffix}"]), last - length + 1)
+
+    def _tell(self, trainer: Trainer, count: int, step: int) -> None:
+        where = _line(trainer, step, self._whereabouts.of(trainer, step))
+        what = "A step was refused" if count == 1 else f"{count} steps were refused, among them one"
+        announce(
+            f"{what} whose loss, gradient or update is NaN or infinite: {where}. It is not told "
+            "again; `train/skipped` counts such steps."
+        )
+
+    def _end_after(self, trainer: Trainer, length: int, last: int) -> None:
+        """**Raises:** `NonFiniteSteps` where the longest streak is one that ends the run."""
         if length < self.max_in_a_row or last <= self._reported:
             return
         first = last - length + 1

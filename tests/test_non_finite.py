@@ -10,7 +10,7 @@ from jaxlightning.callbacks._non_finite import all_finite  # type: ignore[import
 from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # type: ignore[import-not-found]
 from tasks import quiet
 
-from jaxlightning import DataLoader
+from jaxlightning import Callback, DataLoader
 from jaxlightning._callback import InsideStep
 from jaxlightning._state import LossScale
 from jaxlightning.callbacks import (
@@ -112,12 +112,16 @@ def named(error):
 
 
 @pytest.mark.parametrize("steps_per_dispatch", [1, 4])
-def test_fewer_in_a_row_go_on_and_leave_their_count(steps_per_dispatch):
+def test_fewer_in_a_row_go_on_and_leave_their_count(steps_per_dispatch, capsys):
     error, trainer = fit({2, 7, 8}, steps_per_dispatch=steps_per_dispatch)
     assert error is None
     assert np.isfinite(trainer.state.task.weight).all()
     assert trainer.callback_metrics["train/skipped_epoch"] == 3
-    assert np.array_equal(trainer.callback_metrics["train/skipped_steps_epoch"], [2, 9])
+    assert not [name for name in trainer.callback_metrics if "skipped_steps" in name]
+    assert capsys.readouterr().out == (
+        "A step was refused whose loss, gradient or update is NaN or infinite: global step 3: "
+        "batch 2 of epoch 0. It is not told again; `train/skipped` counts such steps.\n"
+    )
     assert int(trainer.state.skipped.longest) == 2
 
 
@@ -149,6 +153,30 @@ def test_advice_is_for_the_callbacks_at_hand(tmp_path):
     )
     assert "add the callback" not in str(error.value)
     assert "raise" not in str(error.value)
+
+
+def test_the_first_refused_step_is_told_without_waiting_and_with_its_rows(capsys):
+    x = np.ones((32, 2), np.float32)
+    x[[9, 13]] = np.nan
+    told = []
+
+    class Listens(Callback):
+        def on_log(self, trainer, metrics, step):
+            assert not set(metrics) & {"train/skipped_steps"}
+            told.append((trainer.global_step, step, capsys.readouterr().out))
+
+    trainer = quiet_trainer([SkipNonFinite(), Listens()], log_every_n_steps=2, max_epochs=1)
+    trainer.fit(Regression.initial(), DataLoader({"x": x, "y": x[:, 0]}, 4, allow_nan=True))
+    # Of the interval that ends with step 4, when the next one ends.
+    assert told[0] == (4, 2, "")
+    assert told[1] == (
+        6,
+        4,
+        "2 steps were refused, among them one whose loss, gradient or update is NaN or infinite: "
+        "global step 3: batch 2 of epoch 0 (rows 8, 9, 10, 11). It is not told again; "
+        "`train/skipped` counts such steps.\n",
+    )
+    assert {out for _, _, out in told[2:]} == {""}
 
 
 def test_the_state_at_the_error_is_that_before_the_streak():
