@@ -6,6 +6,8 @@ import sys
 
 import jax
 
+from jaxlightning._say import may_be_lost
+
 
 def announce(message: str, everywhere: bool = False) -> None:
     """Prints, above a progress bar if there is one; once for all processes, or in each of them."""
@@ -15,7 +17,8 @@ def announce(message: str, everywhere: bool = False) -> None:
         return
     # Not imported for this: where nobody has imported tqdm, there is no bar.
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None:
-        print(message, flush=True)
-    else:
-        tqdm.tqdm.write(message)
+    with may_be_lost:
+        if tqdm is None:
+            print(message, flush=True)
+        else:
+            tqdm.tqdm.write(message)

@@ -124,7 +124,7 @@ class Digest(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.save()
+            trainer._saver.before_commit(self._file.begin_save())
 
     def state_dict(self) -> dict[str, Any]:
         self._undelivered = record = self._settled()

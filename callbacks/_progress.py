@@ -12,6 +12,7 @@ import jax
 from jaxtyping import PyTree
 
 from jaxlightning._callback import Callback
+from jaxlightning._say import may_be_lost
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer
@@ -273,7 +274,7 @@ class _Lines:
         self.restart(title, total)
         self._written = monotonic()
         if not counts:
-            print(f"{title} ...", file=sys.stderr, flush=True)
+            self._print(f"{title} ...")
 
     def restart(self, title: str, total: int | None) -> None:
         self._title, self._total = title, total
@@ -300,6 +301,10 @@ class _Lines:
             self._write()
 
     def _write(self) -> None:
-        print(self._line, file=sys.stderr, flush=True)
+        self._print(self._line)
         self._written = monotonic()
         self._line = ""
+
+    def _print(self, line: str) -> None:
+        with may_be_lost:
+            print(line, file=sys.stderr, flush=True)

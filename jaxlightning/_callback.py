@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optax
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
+from ._signals import Interrupted
+
 if TYPE_CHECKING:
     from ._state import Skipped
     from ._task import TaskModule
@@ -261,7 +263,13 @@ def _broadcast(hook: str, listeners: Sequence[Callback]) -> Callable[..., None]:
         callback: Callback | None = None
         try:
             for call, callback in calls:  # noqa: B007 (the note below names it)
-                call(trainer, *args)
+                try:
+                    call(trainer, *args)
+                except Interrupted:
+                    # A run of another Trainer in this hook was interrupted. This one knows, and
+                    # ends where it can be saved exactly, which is not within a hook.
+                    if not trainer._signals.deferring:
+                        raise
         except Exception as error:
             error.add_note(
                 f"Raised by the callback `{type(callback).__qualname__}` in its hook `{hook}` at "

@@ -16,7 +16,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,6 +273,7 @@ class CheckpointStore:
         metadata: Mapping[str, Any],
         name: str | None = None,
         wait: bool = False,
+        before_commit: Sequence[Callable[[], Any]] = (),
     ) -> Path:
         """Saves the arrays of `tree` and the JSON values of `metadata`; returns where they will be.
 
@@ -286,11 +287,15 @@ class CheckpointStore:
 
         Arrays may have any shape and dtype that JAX has, PRNG keys included. Python numbers among
         the leaves are recorded, to be compared on restore; functions and the like are not.
-        `name` is `step_0000000042` unless given; a checkpoint of that name is replaced.
+        `name` is `step_0000000042` unless given; a checkpoint of that name is replaced. If one of
+        `before_commit`, which the threads call, raises, the checkpoint is not saved: they make
+        durable what it refers to.
         """
         self.wait()
-        path = self._path(operator.index(step), name)
-        save = Save(path, operator.index(step), plain(metadata), snapshot(tree), self._next_serial)
+        step = operator.index(step)
+        path = self._path(step, name)
+        written = (plain(metadata), snapshot(tree))
+        save = Save(path, step, *written, self._next_serial, before_commit)
         self._save = save
         save.start()
         if wait:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import contextlib
 import logging
 import os
 import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ class Save:
         metadata: dict[str, Any],
         taken: Snapshot,
         next_serial: Callable[[], int],
+        before_commit: Sequence[Callable[[], Any]],
     ):
         self.path = path
+        self._process = os.getpid()
+        self._before_commit = before_commit
         self._step = step
         self._next_serial = next_serial
         self._metadata = metadata
@@ -78,6 +82,7 @@ class Save:
 
     def start(self) -> None:
         _unsettled.add(self)
+        _report_lost_saves_of_a_worker()
         try:
             # `threading.Thread` would wait until the thread has had its turn: on a busy machine
             # that is longer than the copy of the state.
@@ -87,15 +92,22 @@ class Save:
             self._run()
         self._returning.set()
 
+    @property
+    def _mine(self) -> bool:
+        """Whether it is this process that saves. A forked child has not got the threads, and
+        would wait for ever."""
+        return self._process == os.getpid()
+
     def end(self) -> None:
         """Waits for the end."""
-        self._ended.wait()
+        if self._mine:
+            self._ended.wait()
 
     def join(self) -> SaveFailed | None:
         """Waits for the end; the failure, if it failed, has thereby been told."""
         self.end()
         _unsettled.discard(self)
-        return self._failure
+        return self._failure if self._mine else None
 
     def abandon(self) -> None:
         """Nobody waits any more. Unless it is being committed just now, it never will be."""
@@ -127,6 +139,9 @@ class Save:
     def _do(self) -> None:
         self._returning.wait()  # or this thread would keep the interpreter from the one that saves
         try:
+            with contextlib.ExitStack() as others:  # all of them, whatever fails
+                for call in self._before_commit:
+                    others.callback(call)
             self._write()
         except BaseException as error:
             self._fail(f"The checkpoint `{self.path}` was not saved", error)
@@ -208,23 +223,49 @@ _unsettled: set[Save] = set()
 
 def let_saves_end(root: Path) -> None:
     """Returns when this process writes nothing into `root`. Failures are left to be told."""
-    for save in [save for save in _unsettled if save.path.parent == root]:
-        save.end()
+    for save in list(_unsettled):  # which threads change
+        if save.path.parent == root:
+            save.end()
+
+
+def _tell_lost_saves() -> bool:
+    """Waits for all saves; whether some failed of which nobody had been told."""
+    failures = [failure for save in list(_unsettled) if (failure := save.join()) is not None]
+    for failure in failures:
+        traceback.print_exception(failure)
+    return bool(failures)
 
 
 @atexit.register
 def _report_lost_saves() -> None:
     """A script that ends with its last checkpoint lost must not look like a success."""
-    failures = [failure for save in list(_unsettled) if (failure := save.join()) is not None]
-    for failure in failures:
-        traceback.print_exception(failure)
-    if failures:
+    if _tell_lost_saves():
         # An exception would not change the exit code here. What else would have run at exit and
         # matters, is the flushing of output.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+_finalizer: Any = None
+
+
+def _report_lost_saves_of_a_worker() -> None:
+    """The same for a process of `multiprocessing`, which ends without `atexit`."""
+    global _finalizer
+    process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
+    if process is None or util is None or process.parent_process() is None:
+        return
+    if _finalizer is None or not _finalizer.still_active():
+        # After what others do there, such as flushing queues.
+        _finalizer = util.Finalize(None, _end_worker, exitpriority=-100)
+
+
+def _end_worker() -> None:
+    failed = _tell_lost_saves()
+    if failed and isinstance(sys.exc_info()[1], SystemExit | None):
+        sys.exit(1)  # or else what it ends with is to be told, and no success either
 
 
 # Weights alone

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import _setup as setting_up
-from ._endings import note, run_all
-from ._saver import save_interrupted
+from ._endings import run_all
+from ._saver import exception_saves, save_interrupted
 from ._signals import Interrupted
 from ._sources import Sources
 from ._task import TaskModule
@@ -25,11 +25,12 @@ def entered(
 ) -> Iterator[None]:
     """While `entry` runs: its callbacks and data are set up, and whatever ends it, all that was
     opened is closed. `checkpoint` is what a fit goes on from, if it does."""
-    trainer._sources, trainer._stage_entry = sources, entry
     status = "failed"
     failure: BaseException | None = None
     with trainer._signals as signals:
         try:
+            # Not before: it has to be unset again, whatever happens.
+            trainer._sources, trainer._stage_entry = sources, entry
             trainer._bus = setting_up.bus_for(trainer, task)
             settle_versions(trainer, checkpoint)
             for logger in trainer.loggers:
@@ -40,14 +41,13 @@ def entered(
             yield
             signals.poll()
             status = "success"
-        except Interrupted as stop:
-            status = "interrupted"
-            save_interrupted(trainer, stop)
-            trainer._bus.on_exception(trainer, KeyboardInterrupt(str(stop)))
-            raise
         except BaseException as error:
             failure = error
-            _on_exception(trainer, error)
+            if isinstance(error, Interrupted):
+                status = "interrupted"
+            failure = run_all(_on_failure(trainer, error), error)
+            if failure is not None and failure is not error:
+                raise failure  # noqa: B904 (it has a cause of its own)
             raise
         finally:
             trainer._stage_entry = trainer.stage = None
@@ -60,17 +60,19 @@ def entered(
                 partial(trainer._bus.teardown, trainer, entry),
                 partial(sources.module.teardown, entry),
             ]
-            run_all(endings, failure)
+            last = run_all(endings, failure)
+            if last is not None and last is not failure:
+                raise last
 
 
-def _on_exception(trainer: Trainer, error: BaseException) -> None:
-    """Tells callbacks and data. What they raise in turn is noted, and hides nothing."""
-    signals = trainer._signals
-    try:
-        trainer._bus.on_exception(trainer, error)
-        if trainer._stage_entry == "fit" and signals.deferring and not signals.stopped_at_once:
-            trainer._bus.on_checkpoint(trainer, "exception")
-            trainer._saver.save(trainer)
-        trainer._sources.module.on_exception(error)
-    except Exception as second:
-        note(error, second)
+def _on_failure(trainer: Trainer, error: BaseException) -> list[Callable[[], Any]]:
+    """What saves the run, where it should be, and tells callbacks and data."""
+    told = trainer._bus.on_exception
+    if isinstance(error, Interrupted):
+        stopped = KeyboardInterrupt(str(error))
+        return [partial(save_interrupted, trainer, error), partial(told, trainer, stopped)]
+    return [
+        partial(told, trainer, error),
+        *exception_saves(trainer),
+        partial(trainer._sources.module.on_exception, error),
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._callback import Checkpoint
-from ._checkpoint import CheckpointStore, Entry, find_checkpoints
+from ._checkpoint import CheckpointStore, Entry, SaveFailed, find_checkpoints
 from ._checkpoint_manifest import plain
 from ._configuration import DECIDING_FLAGS, ROUNDING_FLAGS
+from ._endings import run_all
 from ._say import say
 from ._signals import Interrupted
 from .data._iterator_state import encode_state
@@ -34,10 +37,16 @@ class Saver:
         self._requests: list[tuple[Path, bool]] = []
         self._deletions: list[Path] = []
         self._interrupted: list[Path] = []
+        self._before_commit: list[Callable[[], Any]] = []
         self._latest: tuple[Path, Any] | None = None
 
     def request(self, path: str | os.PathLike[str], weights_only: bool) -> None:
         self._requests.append((Path(path).absolute(), weights_only))
+
+    def before_commit(self, call: Callable[[], Any]) -> None:
+        """For `on_save_checkpoint`: to be called, on another thread, before the checkpoint that is
+        being taken is committed, which it is not if that raises."""
+        self._before_commit.append(call)
 
     @property
     def asked(self) -> bool:
@@ -53,7 +62,11 @@ class Saver:
                 tree = {"task": trainer._bus.evaluation_task(trainer, state.task)}
             metadata = checkpoint_metadata(trainer, path, weights_only)
             store = self._store(path.parent)
-            store.save(trainer.global_step, tree, metadata, name=path.name)
+            if not weights_only:
+                for logger in trainer.loggers:
+                    self.before_commit(logger.begin_save())
+            calls, self._before_commit = self._before_commit, []
+            store.save(trainer.global_step, tree, metadata, path.name, before_commit=calls)
             if not weights_only:
                 self._supersede(store, path)
                 self._latest = (path, _place(trainer._run))
@@ -63,8 +76,7 @@ class Saver:
 
     def holds(self, run: FitRun, folder: Path) -> Path | None:
         """The latest checkpoint, if it is in `folder`, the run is still where it was taken, and it
-        is on the disk, which is waited for."""
-        self.wait()
+        is on the disk. To be asked after `wait`."""
         if self._latest is None:
             return None
         path, place = self._latest
@@ -104,9 +116,18 @@ class Saver:
         return self._stores[root]
 
     def wait(self) -> None:
-        """Returns when all checkpoints are on the disk."""
+        """Returns when all checkpoints are on the disk.
+
+        **Raises:** the first failure, once nothing is under way any more: the next save works.
+        """
+        failures = []
         for store in self._stores.values():
-            store.wait()
+            try:
+                store.wait()
+            except SaveFailed as failure:
+                failures.append(failure)
+        if failures:
+            raise failures[0]
 
     def delete(self, path: str | os.PathLike[str]) -> None:
         """Deletes a checkpoint; while others are asked for, only after these are on the disk."""
@@ -129,12 +150,15 @@ class Saver:
         """Waits, and lets go of the folders, and of what was asked for too late."""
         self._requests, self._deletions, self._latest = [], [], None
         stores, self._stores = self._stores, {}
-        errors = []
+        errors: list[BaseException] = []
         for store in stores.values():
             try:
                 store.close()
-            except Exception as error:
+            except BaseException as error:
                 errors.append(error)
+                if isinstance(error, KeyboardInterrupt):  # nobody is to wait for the others either
+                    for other in stores.values():
+                        other.abandon()
         if errors:
             raise errors[0]
 
@@ -263,14 +287,43 @@ def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
         stop.goes_on = False
         say(f"{stop} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
         return
-    folder = checkpoint_folder(trainer)
-    path = trainer._saver.holds(trainer._run, folder)
+    # A save that failed before must not keep this one, the last, from being tried.
+    saves: list[Callable[[], Any]] = [trainer._saver.wait, partial(_save_here, trainer, stop)]
+    failure = run_all(_until_stopped(trainer, saves), None)
+    if isinstance(failure, Exception) and not isinstance(failure, SaveFailed):
+        raise SaveFailed(f"{stop}: step {step} could not be saved ({failure}).") from failure
+    if failure is not None:
+        raise failure
+
+
+def _save_here(trainer: Trainer, stop: Interrupted) -> None:
+    step, folder, saver = trainer.global_step, checkpoint_folder(trainer), trainer._saver
+    path = saver.holds(trainer._run, folder)
     if path is None:
         path = folder / f"{_INTERRUPTED}{step:010d}"
-        trainer._saver.request(path, False)
-    trainer._saver.save(trainer)
-    trainer._saver.wait()
+        saver.request(path, False)
+    saver.save(trainer)
+    saver.wait()
     say(
         f"{stop}: saved step {step} to `{path}`. To go on, run the same command with "
         f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
     )
+
+
+def exception_saves(trainer: Trainer) -> list[Callable[[], Any]]:
+    """What saves what callbacks want to have of a fit that failed, whatever else failed."""
+    signals, saver = trainer._signals, trainer._saver
+    if trainer._stage_entry != "fit" or not signals.deferring or signals.stopped_at_once:
+        return []
+    asks = partial(trainer._bus.on_checkpoint, trainer, "exception")
+    return _until_stopped(trainer, [saver.wait, asks, partial(saver.save, trainer)])
+
+
+def _until_stopped(trainer: Trainer, calls: Iterable[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """These calls, of which none does anything after a second SIGINT."""
+
+    def unless_stopped(call: Callable[[], Any]) -> None:
+        if not trainer._signals.stopped_at_once:
+            call()
+
+    return [partial(unless_stopped, call) for call in calls]

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from ._say import say
+from ._say import say, say_from_handler
 
 
 class Interrupted(BaseException):
@@ -50,6 +50,9 @@ class Signals:
     was SIGUSR1 (`#SBATCH --signal=USR1@120`), and a handler that the user had installed for the
     signal is called, which may raise something else.
 
+    Within a run of another Trainer, whose callback evaluates something say, it is that run which
+    has to be saved: on leaving, what arrived is handed to it, and `Interrupted` stays what it is.
+
     Left alone are signals that are ignored, as SIGINT is in a shell's background job; SIGUSR1 if
     it has a handler, or outside SLURM; and all of them outside the main thread, where Python
     allows no handlers.
@@ -61,17 +64,22 @@ class Signals:
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self._replaced: set[int] = set()
+        self._outer: Signals | None = None
 
     def __enter__(self) -> Signals:
-        self.received = None  # or the run after an interrupted one would end at once
-        self._deferring, self._interrupts = False, 0
+        # Not kept, or the run after an interrupted one would end at once.
+        self._outer = outer = _within()
+        self.received = None if outer is None else outer.received
+        self._interrupts = 0 if outer is None else outer._interrupts
+        self._deferring = False
         self._replaced.clear()
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 # `None`: a handler that is not Python's, which could not be put back.
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                     self._previous[signum] = signal.signal(signum, self._handle)
-            if slurm_job() and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
+            before = signal.getsignal(signal.SIGUSR1)
+            if slurm_job() and (before == signal.SIG_DFL or _owner(before) is not None):
                 self._previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._handle)
         return self
 
@@ -81,10 +89,16 @@ class Signals:
             # A handler that somebody installed over ours stays.
             if signal.getsignal(signum) == self._handle:
                 signal.signal(signum, handler)
+        outer, self._outer = self._outer, None
+        if outer is not None:
+            outer.received, outer._interrupts = self.received, self._interrupts
+            return
         if error is None and self.received is not None:
             error = Interrupted(self.received)
             say(f"{error}: it arrived when the run was over and all was saved.")
         if isinstance(error, Interrupted):
+            for note in getattr(error, "__notes__", ()):
+                say(note)
             if error.signum == signal.SIGUSR1:
                 requeue(error.goes_on)
             handler = previous.get(error.signum)
@@ -103,8 +117,7 @@ class Signals:
         if not self._deferring:
             raise Interrupted(signum)
         if signum == signal.SIGINT:
-            # Not `print`: what it writes to may be at work already, and is not reentrant.
-            os.write(2, b"\nSIGINT: saving after this step. Once more stops at once, unsaved.\n")
+            say_from_handler("SIGINT: saving after this step. Once more stops at once, unsaved.")
 
     @property
     def stopped_at_once(self) -> bool:
@@ -139,6 +152,20 @@ class Signals:
                     "`signal.signal` returns.",
                     stacklevel=2,
                 )
+
+
+def _owner(handler: Any) -> Signals | None:
+    """Whose handler it is, if it is that of a run under way."""
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Signals) and owner._previous else None
+
+
+def _within() -> Signals | None:
+    """The run of another Trainer in which a run begins."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    handlers = map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    return next(filter(None, map(_owner, handlers)), None)
 
 
 def _name(handler: Any) -> str:

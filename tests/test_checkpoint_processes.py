@@ -202,3 +202,101 @@ def test_a_second_run_in_a_folder_is_refused_with_the_pid_of_the_first(holder):
     assert json.loads((folder / "LOCK").read_text())["pid"] == pid
     with CheckpointStore(folder) as store:
         assert store.latest().step == 1
+
+
+# Processes that were forked
+
+
+WORKER = f"""
+import atexit, json, multiprocessing, os, sys, threading, warnings
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import jaxlightning._checkpoint_save as saving
+from jaxlightning._checkpoint import CheckpointStore
+
+publish = saving.publish
+
+def save(folder, how):
+    begun = threading.Event()
+
+    def late(*paths):
+        begun.set()
+        threading.Event().wait(0.5)  # the worker is at its end by then
+        if how == "full":
+            raise OSError(28, "No space left on device")
+        publish(*paths)
+
+    saving.publish = late
+    CheckpointStore(folder).save(1, {{"x": np.zeros(3)}}, {{}})
+    begun.wait()
+    if how == "raise":
+        raise RuntimeError("the worker failed")
+    if how == "exit":
+        sys.exit(0)
+
+def fork(folder):
+    held = threading.Event()
+    saving.publish = lambda *paths: (held.wait(), publish(*paths))
+    store = CheckpointStore(folder)
+    store.save(1, {{"x": np.zeros(3)}}, {{}})
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with store:
+                sys.exit(0)
+        finally:
+            atexit._run_exitfuncs()  # not more of the end: there JAX itself waits for threads
+            os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    held.set()
+    store.close()
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # of forking with threads
+    how, folder, *method = sys.argv[1:]
+    if how == "fork":
+        fork(folder)
+    else:
+        worker = multiprocessing.get_context(*method).Process(target=save, args=(folder, how))
+        worker.start()
+        worker.join()
+        print(worker.exitcode)
+"""
+
+
+def work(tmp_path, how, *method):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    returned, out, errors = run([sys.executable, str(script), how], tmp_path / "run", *method)
+    assert returned == 0, errors
+    return int(out), errors
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_save(tmp_path):
+    """It has not got the threads, neither where it closes the store nor at its end."""
+    assert work(tmp_path, "fork")[0] == 7
+    assert [entry.step for entry in find_checkpoints(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "code"),
+    [
+        ("fork", "end", 0),
+        ("spawn", "end", 0),
+        ("forkserver", "exit", 0),
+        ("forkserver", "raise", 1),
+    ],
+)
+def test_a_worker_finishes_its_save(tmp_path, method, how, code):
+    """Though `multiprocessing` ends its processes without what `atexit` has registered."""
+    returned, errors = work(tmp_path, how, method)
+    assert returned == code, errors
+    assert errors.count("RuntimeError: the worker failed") == (how == "raise")
+    assert [entry.step for entry in find_checkpoints(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_worker_whose_save_is_lost_is_no_success(tmp_path, method):
+    returned, errors = work(tmp_path, "full", method)
+    assert returned == 1
+    assert "step_0000000001` was not saved ([Errno 28] No space left on device)" in errors

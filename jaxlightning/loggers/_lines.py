@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TextIO
 
-from ._logger import FileLogger, replace_file
+from ._logger import FileLogger, begin_sync, replace_file
 
 
 class LineFile:
@@ -60,6 +60,10 @@ class LineFile:
         if self._file is not None:
             os.fsync(self._file.fileno())
 
+    def begin_save(self) -> Callable[[], None]:
+        """See `Logger.begin_save`."""
+        return begin_sync(self._file) if self._file is not None else lambda: None
+
     def close(self) -> None:
         if self._file is not None:
             self.save()
@@ -89,6 +93,9 @@ class LineLogger(FileLogger):
     def save(self) -> None:
         if self._written is not None:
             self._written.save()
+
+    def begin_save(self) -> Callable[[], None]:
+        return self._written.begin_save() if self._written is not None else lambda: None
 
     def finalize(self, status: str) -> None:
         if self._written is not None:

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Mapping
+from typing import IO, Any, SupportsFloat
 
 import numpy as np
 
@@ -62,7 +62,14 @@ class Logger(abc.ABC):
         """
 
     def save(self) -> None:
-        """Makes what was logged so far durable. Called before every checkpoint."""
+        """Makes what was logged so far durable."""
+
+    def begin_save(self) -> Callable[[], None]:
+        """The same in two parts, so that training waits for no disk: what is returned is called
+        on another thread, while logging goes on. Called for every checkpoint, which is committed
+        only after that. By default all is done at once, by `save`."""
+        self.save()
+        return lambda: None
 
     def finalize(self, status: str) -> None:
         """The run is over: `"success"`, `"failed"` or `"interrupted"`. Logging again is allowed."""
@@ -140,6 +147,21 @@ class FileLogger(Logger):
         except OSError as error:
             raise type(error)(self._cannot_write("save_dir", str(error))) from error
         return os.path.join(self.log_dir, file)
+
+
+def begin_sync(file: IO[Any]) -> Callable[[], None]:
+    """What makes durable, on whichever thread, what has been written to `file` so far, though that
+    be closed or replaced meanwhile. To be called once."""
+    file.flush()
+    descriptor = os.dup(file.fileno())
+
+    def sync() -> None:
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    return sync
 
 
 def replace_file(path: str, text: str) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import time
-from collections.abc import Mapping
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Mapping
+from typing import IO, Any, SupportsFloat
 
-from ._logger import FileLogger, as_json, as_record
+from ._logger import FileLogger, as_json, as_record, begin_sync
 
 _FLUSH_S = 10.0
-"""How old what TensorBoard shows may be. Flushing waits for the disk."""
+"""How old what TensorBoard shows may be."""
 
 
 class TensorBoardLogger(FileLogger):
@@ -55,7 +55,8 @@ class TensorBoardLogger(FileLogger):
         values = [Summary.Value(tag=name, simple_value=record[name]) for name in metrics]
         self._write(step=step, summary=Summary(value=values))
         if time.monotonic() - self._flushed > _FLUSH_S:
-            self.save()
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
         step, records = self._latest
@@ -73,6 +74,15 @@ class TensorBoardLogger(FileLogger):
         if self._writer is not None:
             self._writer.flush()
             self._flushed = time.monotonic()
+
+    def begin_save(self) -> Callable[[], None]:
+        return begin_sync(self._file) if self._writer is not None else lambda: None
+
+    @property
+    def _file(self) -> IO[bytes]:
+        # Not public, but whatever flushes there waits for the disk.
+        file: IO[bytes] = self._writer._py_recordio_writer._writer
+        return file
 
     def finalize(self, status: str) -> None:
         if self._has_session:
