@@ -162,7 +162,7 @@ class _Walk:
                 number += 1
                 unique = f"{name} {number}"
             found[unique] = self.described(item, leaf)
-        return f"dict of {length} {_hash(_json(found))}" if length > _LONG else found
+        return _shortened(found, "dict", length)
 
     def _object(self, value: Any, attributes: dict[str, Any], leaf: bool) -> Any:
         kind = type(value)
@@ -192,9 +192,11 @@ class _Walk:
     def _method(self, function: Any, owner: Any, leaf: bool) -> Any:
         name = getattr(function, "__qualname__", type(function).__qualname__)
         found = self.described(owner, leaf)
-        if isinstance(found, dict) and len(found) == 1:  # its type, which the name has already
-            found = next(iter(found.values()))
-        return name if isinstance(found, str) else {name: found}
+        kind = name.rpartition(".")[0]
+        if found == kind:
+            return name
+        # What the name says already need not be said again.
+        return {name: found[kind] if isinstance(found, dict) and [*found] == [kind] else found}
 
     def _function(self, value: types.FunctionType) -> Any:
         name = value.__qualname__.replace(".<locals>", "")
@@ -319,13 +321,14 @@ def _some(items: Iterable[Any], length: int) -> Iterable[Any]:
     return itertools.islice(items, 0, None, 1 + length // _VERY_LONG)
 
 
-def _shortened(items: list[Any], kind: str, length: int) -> Any:
-    """A checksum instead of a long list. Of parts of a model, whose differences few lines tell,
-    the list, if that can be borne in every checkpoint."""
+def _shortened(items: list[Any] | dict[str, Any], kind: str, length: int) -> Any:
+    """A checksum instead of a long container; unless its items are parts of a model, say, whose
+    differences few lines tell, and can be borne in every checkpoint."""
     if length <= _LONG:
         return items
     text = _json(items)
-    parts = all(isinstance(item, dict | list) for item in items)
+    values = items.values() if isinstance(items, dict) else items
+    parts = all(isinstance(item, dict | list) for item in values)
     if parts and len(text) <= _BEARABLE and length <= _VERY_LONG:
         return items
     return f"{kind} of {length} {_hash(text)}"

@@ -51,6 +51,17 @@ class Rate:
         return self._rate
 
 
+class Slower(Rate):
+    pass
+
+
+class Plain:
+    def method(self): ...
+
+    @classmethod
+    def kind(cls): ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slotted:
     size: int
@@ -101,6 +112,9 @@ def closing(value):
         (closing(3), {"closing.inner": {"value": 3}}),
         (Rate(0.2), {"Rate": {"_rate": 0.2}}),
         (Rate(0.2).__call__, {"Rate.__call__": {"_rate": 0.2}}),
+        (Slower(0.2).__call__, {"Rate.__call__": {"Slower": {"_rate": 0.2}}}),
+        (Plain().method, "Plain.method"),
+        (Plain.kind, "Plain.kind"),
         (Slotted(3), {"Slotted": {"size": 3}}),
         (PartitionSpec("data", None), {"PartitionSpec": ["data", None]}),
         (jax.ShapeDtypeStruct((2, 3), jnp.int8), "int8[2, 3]"),
