@@ -33,6 +33,7 @@ from ._checkpoint_files import (
     RunLocked,
     check_writable,
     discard,
+    has_signs_of_checkpoint,
     identity,
     lock_if_free,
     publish,
@@ -122,13 +123,8 @@ def _sorted_out(root: Path) -> tuple[list[Entry], dict[Path, str]]:
 
 def looks_like_checkpoint(path: Path) -> bool:
     """Whether a folder is, was or pretends to be a checkpoint: other things may lie beside it."""
-    if not path.is_dir() or not NAME.fullmatch(path.name):
-        return False
-    if re.search(r"step[=_]\d+", path.name):
-        return True
-    return any((path / name).exists() for name in ("COMMIT", "manifest.json")) or any(
-        path.glob("arrays-*.safetensors")
-    )
+    named = path.is_dir() and NAME.fullmatch(path.name)
+    return bool(named) and has_signs_of_checkpoint(path)
 
 
 def restore_latest(

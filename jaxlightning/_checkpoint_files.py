@@ -16,6 +16,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -223,6 +224,15 @@ def sweep(root: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def has_signs_of_checkpoint(path: Path) -> bool:
+    """Whether a folder is named as one that holds a step, or holds a file of a checkpoint."""
+    if re.search(r"step[=_]\d+", path.name):
+        return True
+    return any((path / name).exists() for name in ("COMMIT", "manifest.json")) or any(
+        path.glob("arrays-*.safetensors")
+    )
+
+
 def open_inside(folder: int, name: str, path: Path) -> int:
     """Opens a file of a checkpoint, never through a link that leads out of it.
 
@@ -234,6 +244,10 @@ def open_inside(folder: int, name: str, path: Path) -> int:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.open(name, flags, dir_fd=folder)
     except FileNotFoundError:
+        if name == "COMMIT" and not has_signs_of_checkpoint(path):
+            from ._no_checkpoint import no_checkpoint
+
+            raise no_checkpoint(path) from None
         raise CheckpointDamaged(f"`{path}` is damaged: its file `{name}` is missing.") from None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a socket

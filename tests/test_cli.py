@@ -227,7 +227,7 @@ def test_what_is_no_checkpoint(folder, tmp_path, capsys, action):
     for path in (tmp_path, tmp_path / "nowhere", folder / "notes.txt"):
         code, out, errors = run(capsys, "checkpoint", action, path)
         assert (code, out) == (2, "")
-        assert errors == (f"jaxlightning: `{path}` is no checkpoint, and there is none in it.\n")
+        assert errors == (f"jaxlightning: `{path}` is no checkpoint, and there is none below it.\n")
 
 
 def test_diff_of_what_is_no_checkpoint(folder, tmp_path, capsys):

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .._checkpoint import CheckpointError, looks_like_checkpoint, verify_checkpoint
+from .._checkpoint import looks_like_checkpoint, verify_checkpoint
 from .._checkpoint_files import CheckpointDamaged
 from .._checkpoint_manifest import Manifest, StoredArray
 from .._checkpoint_read import CheckpointReader, read_manifest
+from .._no_checkpoint import no_checkpoint
 from ._terminal import one_line
 
 __all__ = ["add_command"]
+
+OF_THE_MACHINE = ("throughput/", "device/", "host/")
+"""What metrics begin with that measure time and memory, in which no two runs are alike."""
 
 
 def add_command(commands: Any) -> None:
@@ -45,7 +50,7 @@ def _inside(path: Path) -> list[Path]:
         return [path]
     found = sorted(filter(looks_like_checkpoint, path.iterdir())) if path.is_dir() else []
     if not found:
-        raise CheckpointError(f"`{path}` is no checkpoint, and there is none in it.")
+        raise no_checkpoint(path)
     return found
 
 
@@ -145,12 +150,19 @@ def value_difference(stored: StoredArray, one: np.ndarray, other: np.ndarray) ->
     return f"{count:,} of {one.size:,} elements differ, by {largest:.3g} at most"
 
 
+_OF_NO_LAW = re.compile(
+    rf"metadata/(run|loggers/\d+/log_dir|metrics/({'|'.join(OF_THE_MACHINE)}).*)$"
+)
+"""What differs between two runs that compute the same: whose it is, where it logs, and how fast."""
+
+
 def other_differences(one: Manifest, other: Manifest) -> Iterator[str]:
+    """All else, but for what tells two equal runs apart."""
     for name in ("step", "scalars", "versions", "metadata"):
         first = dict(_flat(name, getattr(one, name)))
         second = dict(_flat(name, getattr(other, name)))
         for path in {**first, **second}:
-            if first.get(path) != second.get(path):
+            if first.get(path) != second.get(path) and not _OF_NO_LAW.match(path):
                 yield f"{path}: {first.get(path, 'absent')} in the first, " + (
                     f"{second.get(path, 'absent')} in the second"
                 )

@@ -13,7 +13,7 @@ from .._checkpoint_files import CheckpointDamaged
 from .._checkpoint_manifest import Manifest
 from .._checkpoint_read import CheckpointReader
 from .._listing import SHOWN
-from ._checkpoint import other_differences, value_difference
+from ._checkpoint import OF_THE_MACHINE, other_differences, value_difference
 from ._runs import (
     Logged,
     Run,
@@ -29,8 +29,6 @@ from ._terminal import one_line
 __all__ = ["add_command"]
 
 LOGGED = "logged steps"
-OF_THE_MACHINE = ("throughput/", "device/", "host/")
-"""What metrics begin with that measure time and memory, in which no two runs are alike."""
 
 
 def add_command(commands: Any) -> None:
