@@ -16,7 +16,7 @@ import operator
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +128,10 @@ def looks_like_checkpoint(path: Path) -> bool:
 
 
 def restore_latest(
-    root: str | os.PathLike[str], like: PyTree, among: Callable[[Entry], bool] = lambda entry: True
+    root: str | os.PathLike[str],
+    like: PyTree,
+    among: Callable[[Entry], bool] = lambda entry: True,
+    optional: Collection[str] = (),
 ) -> Restored | None:
     """The checkpoint of the highest step that is intact; `None` where there never was one.
 
@@ -136,7 +139,7 @@ def restore_latest(
 
     Damaged ones on the way are reported by a warning and set aside as `.damaged-*`. If nothing
     is left it is a `CheckpointDamaged`, never a silent fresh start. A checkpoint that is intact
-    and does not fit `like` is a `CheckpointMismatch` (see `read_checkpoint`).
+    and does not fit `like` is a `CheckpointMismatch` (see `read_checkpoint`, also for `optional`).
     """
     root = Path(root).absolute()
     if not root.is_dir():
@@ -149,10 +152,10 @@ def restore_latest(
     for entry in filter(among, reversed(entries)):
         folder = identity(entry.path)
         try:
-            tree, metadata = read_checkpoint(entry.path, like)
+            tree, metadata = read_checkpoint(entry.path, like, optional)
         except CheckpointError as error:
             if identity(entry.path) != folder:  # deleted or replaced meanwhile, by a run
-                return restore_latest(root, like, among)
+                return restore_latest(root, like, among, optional)
             if not isinstance(error, CheckpointDamaged):
                 raise
             damaged[entry.path] = str(error)
@@ -328,8 +331,8 @@ class CheckpointStore:
         path = self.root / name
         if path.is_symlink() or (path.exists() and not looks_like_checkpoint(path)):
             raise CheckpointError(
-                f"`{path}` exists and is not a checkpoint, so it is not replaced by one. Pass "
-                "another `name=`, or move it away."
+                f"`{path}` exists and is not a checkpoint, so it is not replaced by one. Save "
+                "under another name, or move it away."
             )
         return path
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,9 @@ def load_arrays(path: str | os.PathLike[str], include: str | None = None) -> dic
         return dict(zip(paths, reader.arrays(paths), strict=True))
 
 
-def read_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+def read_checkpoint(
+    path: str | os.PathLike[str], like: PyTree, optional: Collection[str] = ()
+) -> tuple[PyTree, dict[str, Any]]:
     """The tree and the metadata of a checkpoint.
 
     `like` is a tree of the same structure: arrays, or `jax.ShapeDtypeStruct`s where there are
@@ -199,19 +202,43 @@ def read_checkpoint(path: str | os.PathLike[str], like: PyTree) -> tuple[PyTree,
 
     Python numbers among the leaves (`eqx.nn.Dropout.p`) have to be equal where both sides have
     them: they are configuration, and no restored state should belong to another one.
+
+    With `optional`, names of fields of the tree, numbers may differ, and a field one of whose
+    arrays differs stays as it is in `like`: as a whole, since it is not known what is what in it.
     """
     with CheckpointReader(path) as reader:
-        wanted = named_leaves(like)
-        differing = differences(reader.manifest, wanted)
+        named = named_leaves(like)
+        wanted, manifest = _without(set(optional), named, reader.manifest)
+        differing = differences(manifest, wanted)
         if differing:
             raise CheckpointMismatch(_mismatch_message(reader.path, differing), differing)
-        leaves = dict(wanted)
+        leaves = dict(named)
         specs = {path: leaf for path, leaf in wanted if is_spec(leaf)}
         for group in reader.groups(list(specs)):
             arrays = dict(zip(group, reader.arrays(group), strict=True))
             leaves |= _placed(arrays, specs, reader.manifest)
         structure = jax.tree.structure(like)
         return jax.tree.unflatten(structure, list(leaves.values())), dict(reader.manifest.metadata)
+
+
+def _without(
+    optional: set[str], named: Sequence[tuple[str, Any]], manifest: Manifest
+) -> tuple[Sequence[tuple[str, Any]], Manifest]:
+    """Leaves and manifest without what differs and is optional."""
+    if not optional:
+        return named, manifest
+    here = {path: _described(leaf) for path, leaf in named if is_spec(leaf)}
+    there = {path: str(array) for path, array in manifest.arrays.items()}
+    apart = {field_of(path) for path, _ in here.items() ^ there.items()} & optional
+    arrays = {path: x for path, x in manifest.arrays.items() if field_of(path) not in apart}
+    wanted = [(path, leaf) for path, leaf in named if field_of(path) not in apart]
+    return wanted, dataclasses.replace(manifest, arrays=arrays, scalars={})
+
+
+def field_of(path: str) -> str:
+    """The field of the tree that a leaf is in: `opt_state` of `opt_state/0/mu`."""
+    found = re.match(r"\W*(\w+)", path)
+    return found[1] if found else path
 
 
 def is_spec(leaf: Any) -> bool:

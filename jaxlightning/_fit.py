@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from ._checkpoint_read import field_of
 from ._checks import traced
 from ._configuration import described
 from ._dispatch import Accumulated, Block, Dispatch, Single
@@ -375,6 +376,20 @@ class FitRun:
     @state.setter
     def state(self, state: TrainState) -> None:
         self.leaves = self.placed_leaves(self._flatten(state))
+
+    def take_back(self, tree: TrainState) -> set[str]:
+        """Takes a restored state; what is abstract in it is initialised.
+
+        **Returns:** the fields of the state that are.
+        """
+        leaves = jax.tree.leaves(eqx.filter(tree, _is_array))
+        absent = [i for i, x in enumerate(leaves) if isinstance(x, jax.ShapeDtypeStruct)]
+        if absent:
+            self.initialise()
+            for i in absent:
+                leaves[i] = self.leaves[i]
+        self.leaves = self.placed_leaves(leaves)
+        return {field_of(self.paths[i]) for i in absent}
 
     def placed_leaves(self, leaves: Sequence[Any]) -> list[jax.Array]:
         return jax.device_put(list(leaves), self.shardings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,15 +10,12 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
-import jax
-
 from ._checkpoint import Entry, find_checkpoints, latest_checkpoint, restore_latest
 from ._checkpoint_manifest import typed
 from ._checkpoint_manifest import versions as package_versions
 from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
 from ._configuration import differences
-from ._saver import checkpoint_folder, environment, fixed_configuration, goes_on
+from ._saver import checkpoint_folder, checkpoint_folders, environment, fixed_configuration, goes_on
 from ._say import say
 from ._sensible import known_metrics, position, rewind_request, sensible
 from ._stream import MetricStream
@@ -28,15 +26,33 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 
-def resolve(
-    trainer: Trainer, ckpt_path: str | os.PathLike[str], among: Callable[[Entry], bool]
-) -> Path:
-    """The path that `"last"`, of those `among` which one is looked for, `"best"` or a path stands
-    for.
+def latest_of_run(trainer: Trainer) -> tuple[Path, Callable[[Entry], bool]]:
+    """The folder that has the latest checkpoint of the run, and which of those in it a run can go
+    on from: of several runs that saved there, the one that saved last has them."""
+    folders = checkpoint_folders(trainer)
+    found = {folder: list(filter(goes_on, find_checkpoints(folder))) for folder in folders}
+    newest = [max(x, key=lambda entry: entry.serial) for x in found.values() if x][:1]
+    if not newest:
+        return folders[0], goes_on
+    run = newest[0].metadata.get("run")
+
+    def of_run(entry: Entry) -> bool:
+        return goes_on(entry) and entry.metadata.get("run") == run
+
+    def highest(folder: Path) -> int:
+        return max((entry.step for entry in filter(of_run, found[folder])), default=-1)
+
+    return max(folders, key=highest), of_run
+
+
+def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str], to_go_on: bool = False) -> Path:
+    """The path that `"last"`, `"best"` or a path stands for; `to_go_on`: for a run to go on from.
 
     **Raises:** `FileNotFoundError` where there is no such checkpoint.
     """
-    folder = checkpoint_folder(trainer)
+    folder, among = checkpoint_folder(trainer), lambda entry: True
+    if to_go_on and ckpt_path == "last":
+        folder, among = latest_of_run(trainer)
     if ckpt_path not in ("last", "best"):
         path = Path(ckpt_path).absolute()
         if not path.exists():
@@ -78,12 +94,13 @@ def go_back(trainer: Trainer, ckpt_path: Any) -> Path | None:
     """Finds the checkpoint to go on from, `"auto"`: the latest one, if any, and brings the data
     module to where its loaders were asked for, which is before a run can be built."""
     if ckpt_path != "auto":
-        path = resolve(trainer, ckpt_path, goes_on)
+        path = resolve(trainer, ckpt_path, to_go_on=True)
         _go_back_to(trainer, path, read_metadata(path))
         return path
-    entries = find_checkpoints(checkpoint_folder(trainer))
+    folder, among = latest_of_run(trainer)
+    entries = find_checkpoints(folder)
     # If there are weights only, that is an error: to begin anew would not be what was asked for.
-    for entry in [*filter(goes_on, entries)][-1:] or entries[-1:]:
+    for entry in [*filter(among, entries)][-1:] or entries[-1:]:
         _go_back_to(trainer, entry.path, entry.metadata)
         return entry.path
     return None
@@ -98,14 +115,18 @@ def _go_back_to(trainer: Trainer, path: Path, metadata: Mapping[str, Any]) -> No
         trainer._sources.module.load_state_dict(typed(asked["data"], dict))
 
 
-def check_unchanged(
-    trainer: Trainer, path: Path, metadata: Mapping[str, Any], allow_changes: bool
-) -> None:
+_OPTIONAL = ("opt_state", "metrics", "loss_scale", "skipped")
+"""What of a state begins anew where it does not fit any more, if changes are allowed."""
+
+
+def _check_unchanged(trainer: Trainer, path: Path, allow_changes: bool) -> None:
     """**Raises:** `ValueError` that lists all that was changed since the checkpoint, unless that is
     allowed: then it is warned of, as other versions of packages and other devices are."""
-    changed = differences(metadata["fixed"], fixed_configuration(trainer))
-    elsewhere = differences(metadata["environment"], environment(trainer))
-    elsewhere += differences(read_manifest(path).versions, package_versions())
+    manifest = read_manifest(path)
+    with sensible(path):
+        changed = differences(manifest.metadata["fixed"], fixed_configuration(trainer))
+        elsewhere = differences(manifest.metadata["environment"], environment(trainer))
+        elsewhere += differences(manifest.versions, package_versions())
     if changed and not allow_changes:
         raise ValueError(
             f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
@@ -135,26 +156,33 @@ def restore(
 ) -> Path | None:
     """Brings a run to where the checkpoint was taken that `go_back` found; for `"auto"` to an
     earlier one if that is damaged."""
-    like = run.abstract_state()
+    like, optional = run.abstract_state(), _OPTIONAL if allow_changes else ()
+    if path is not None:  # first: what was changed says more than arrays that do not fit
+        _check_unchanged(trainer, path, allow_changes)
     if ckpt_path == "auto":
-        found = restore_latest(checkpoint_folder(trainer), like, goes_on)
+        folder, among = latest_of_run(trainer)
+        found = restore_latest(folder, like, among, optional)
         if found is None:
             resume_loggers(trainer, -1, [])  # forget what was killed before it could save
+            say(f"There is no checkpoint in `{folder}`, so the run begins.")
             return None
         tree, metadata, intact = found
         if intact != path:
             path = intact
             _go_back_to(trainer, path, metadata)
             trainer._reopen_data()
+            _check_unchanged(trainer, path, allow_changes)
     else:
         assert path is not None
-        tree, metadata = read_checkpoint(path, like)
-    with sensible(path):
-        check_unchanged(trainer, path, metadata, allow_changes)
+        tree, metadata = read_checkpoint(path, like, optional)
     bus = trainer._bus
     bus.on_load_checkpoint(trainer, metadata)
-    run.leaves = run.placed_leaves(jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+    anew = run.take_back(tree)
+    if anew:
+        say(f"Begun anew, as it was changed since the checkpoint: {', '.join(sorted(anew))}.")
     with sensible(path, ValueError):
+        if "metrics" in anew:
+            metadata["stream"] |= {"ended": None, "open": None, "epoch": None}
         run.position.__dict__.update(position(metadata["position"]).__dict__)
         run.data_state = decode_state(metadata["iterator"])
         run.id = typed(metadata["run"], str)
@@ -174,7 +202,13 @@ def restore(
         trainer.stop(stop)
         say(f"The run had been asked to stop, and is again: {stop}")
     trainer._saver.goes_on_from(path, run)
-    say(f"Going on from step {run.position.step}, `{path}`.")
+    at = dataclasses.replace(run.position)
+    if at.last:
+        at.end_epoch()
+    over = (
+        " Nothing is left to train: its limits are met." if trainer._schedule.finished(at) else ""
+    )
+    say(f"Going on from step {at.step}, `{path}`.{over}")
     return path
 
 

@@ -203,6 +203,8 @@ class Trainer(Facts):
         """
         if resume not in (None, "auto"):
             raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
+        if ckpt_path == "auto":
+            raise ValueError('`ckpt_path="auto"` is unknown. Write `resume="auto"`.')
         if resume is not None and ckpt_path is not None:
             raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
         if allow_changes and resume is None and ckpt_path is None:
@@ -328,7 +330,7 @@ class Trainer(Facts):
         found_by_version = path if path in ("best", "last") else None
         with entered(self, entry, sources, task, found_by_version):
             if path is not None:
-                task = load_weights(resolve(self, path, lambda entry: True), task)
+                task = load_weights(resolve(self, path), task)
             if not fitted or path is not None:
                 task = self._placed_task(task)
             limit = getattr(self._arguments, f"limit_{kind}_batches")

@@ -1,11 +1,17 @@
 """What a run that is gone on with asks, reads and calls: no more and no less than it would have."""
 
+import signal
+import threading
+import warnings
+
+import equinox as eqx
+import jax
 import numpy as np
 import pytest
 from tasks import Classifier, assert_same, quiet, rows
 
-from jaxlightning import Callback, DataLoader, DataModule
-from jaxlightning.callbacks import ModelCheckpoint
+from jaxlightning import Callback, CheckpointMismatch, DataLoader, DataModule
+from jaxlightning.callbacks import ExponentialMovingAverage, ModelCheckpoint, SkipNonFinite
 
 DATA = rows(48)
 
@@ -59,6 +65,85 @@ def test_a_request_to_stop_is_remembered(tmp_path, capsys):
     assert_same(again.task, whole.task)
 
 
+# Which checkpoint
+
+
+def test_of_two_runs_in_a_folder_the_one_that_saved_last_goes_on(tmp_path):
+    trainer(tmp_path).fit(Classifier(), loader())
+    other = Classifier(key=jax.random.key(1))
+    with pytest.raises(Stopped):
+        trainer(tmp_path, StopsAt(5)).fit(other, loader())
+    whole = quiet(max_epochs=3).fit(other, loader())
+    for way in ({"resume": "auto"}, {"ckpt_path": "last"}):
+        again = trainer(tmp_path)
+        assert_same(again.fit(other, loader(), **way), whole)
+
+
+def test_the_latest_is_looked_for_in_all_folders(tmp_path, capsys):
+    def two(*callbacks):
+        rare = ModelCheckpoint(tmp_path / "rare", every_n_train_steps=6)
+        often = ModelCheckpoint(tmp_path / "often", every_n_train_steps=2)
+        return quiet(max_epochs=3, enable_checkpointing=None, callbacks=[rare, often, *callbacks])
+
+    with pytest.raises(Stopped):
+        two(StopsAt(9)).fit(Classifier(), loader())
+    again = two()
+    again.fit(Classifier(), loader(), resume="auto")
+    assert "Going on from step 8, " in capsys.readouterr().err
+    assert again.global_step == 18
+
+
+def test_what_there_is_to_say(tmp_path, capsys):
+    trainer(tmp_path).fit(Classifier(), loader(), resume="auto")
+    assert f"There is no checkpoint in `{tmp_path}`, so the run begins." in capsys.readouterr().err
+    trainer(tmp_path).fit(Classifier(), loader(), resume="auto")
+    assert "Nothing is left to train: its limits are met." in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"Write `resume=\"auto\"`"):
+        trainer(tmp_path).fit(Classifier(), loader(), ckpt_path="auto")
+
+
+# Changes on purpose
+
+
+@pytest.mark.parametrize(
+    ("added", "anew"),
+    [
+        ({"callbacks": [SkipNonFinite()]}, "metrics, skipped"),
+        ({"gradient_clip_val": 1.0}, "opt_state"),
+        ({"callbacks": [ExponentialMovingAverage(0.9)]}, "opt_state"),
+    ],
+)
+def test_what_a_message_advises_can_be_added(tmp_path, capsys, added, anew):
+    """Or whoever met the NaN could not go on from before it."""
+    added = dict(added)
+    with pytest.raises(Stopped):
+        trainer(tmp_path, StopsAt(5)).fit(Classifier(dropout=0.3), loader())
+    callbacks = added.pop("callbacks", [])
+    changed = lambda: trainer(tmp_path, *callbacks, **added)
+    with pytest.raises((ValueError, CheckpointMismatch)):
+        changed().fit(Classifier(dropout=0.3), loader(), resume="auto")
+    again = changed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.fit(Classifier(dropout=0.1), loader(), resume="auto", allow_changes=True)
+    assert f"Begun anew, as it was changed since the checkpoint: {anew}." in capsys.readouterr().err
+    assert again.global_step == 18
+
+
+def test_parameters_that_do_not_fit_are_refused_all_the_same(tmp_path):
+    class Other(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.net = eqx.nn.MLP(6, 3, 9, 1, key=jax.random.key(0))
+
+    trainer(tmp_path, max_steps=2).fit(Classifier(), loader())
+    other = trainer(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(CheckpointMismatch, match="task/net/layers/0/weight"):
+            other.fit(Other(), loader(), resume="auto", allow_changes=True)
+
+
 # Hooks
 
 
@@ -81,24 +166,25 @@ class Slow(DataLoader):
 
     def __init__(self, signals):
         super().__init__(DATA, 8, shuffle=True)
-        self.signals = signals
+        self.signals, self.given_up = signals, threading.Event()
 
     def batches(self, epoch, start=0):
-        if epoch == 1 and start == 0 and self.signals:
-            self.signals[0].received = 15
-        return super().batches(epoch, start)
+        if epoch == 1:
+            self.signals.received = signal.SIGTERM
+            self.given_up.wait(60)
+        yield from super().batches(epoch, start)
 
 
 def test_the_start_of_an_epoch_is_told_once(tmp_path):
-    signals = []
     counts = Counts()
     cut = trainer(tmp_path, counts)
-    signals.append(cut._signals)
+    slow = Slow(cut._signals)
     with pytest.raises(SystemExit):
-        cut.fit(Classifier(), Slow(signals))
+        cut.fit(Classifier(), slow)
+    slow.given_up.set()
     assert (cut.global_step, counts.starts) == (6, 2)
     counts = Counts()
-    trainer(tmp_path, counts).fit(Classifier(), Slow([]), resume="auto")
+    trainer(tmp_path, counts).fit(Classifier(), loader(), resume="auto", allow_changes=True)
     assert counts.starts == 3
 
 

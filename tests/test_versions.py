@@ -96,6 +96,33 @@ def test_a_moved_run_goes_on_where_it_is_and_another_root_is_another_run(tmp_pat
     assert logs(again) == whole[0]
 
 
+def test_loggers_of_several_names_go_on_together(tmp_path):
+    """Only the first one's folder has the checkpoints."""
+
+    def two(*callbacks):
+        loggers = [CSVLogger(tmp_path, "a"), JSONLLogger(tmp_path, "b")]
+        saves = ModelCheckpoint(every_n_train_steps=2)
+        return quiet(
+            max_epochs=2,
+            logger=loggers,
+            log_every_n_steps=2,
+            enable_checkpointing=None,
+            callbacks=[saves, *callbacks],
+        )
+
+    other = JSONLLogger(tmp_path, "b")
+    other.log_metrics({"x": 1}, 1)
+    other.finalize("success")
+    with pytest.raises(KeyboardInterrupt):
+        two(Killed()).fit(Classifier(), loader())
+    again = two()
+    again.fit(Classifier(), loader(), resume="auto")
+    assert [Path(x.log_dir).relative_to(tmp_path) for x in again.loggers] == [
+        Path("a/version_0"),
+        Path("b/version_1"),
+    ]
+
+
 def test_a_version_that_was_given_stays(tmp_path):
     killed(tmp_path)
     again = quiet(
