@@ -57,8 +57,9 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
             probe.unlink()
         raise OSError(
             error.errno,
-            f"The folder `{path}` cannot be written ({error.strerror}), so this run could keep "
-            "nothing. Make it writable, or pass another one: `Trainer(default_root_dir=...)`",
+            f"The folder `{path}` cannot be written ({error.strerror}), so nothing could be kept "
+            "in it. Make it writable, or save to another one: a run's checkpoints and logs go, "
+            "unless they are given a path, to `Trainer(default_root_dir=...)`",
         ) from error
 
 

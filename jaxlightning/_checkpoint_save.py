@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import atexit
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -157,7 +158,10 @@ class Save:
             _unsettled.discard(self)
 
     def _fail(self, what: str, error: BaseException) -> None:
-        self._failure = SaveFailed(f"{what} ({error}). Those saved before it are as they were.")
+        told = f"{what} ({error}). Those saved before it are as they were."
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            told += ' Make room, then go on with `fit(..., resume="auto")`.'
+        self._failure = SaveFailed(told)
         self._failure.__cause__ = error
 
     def _write(self) -> None:
@@ -289,7 +293,14 @@ def export_weights(path: str | os.PathLike[str], tree: PyTree) -> None:
     tensors = {name: (array.dtype.name, array.shape, array.nbytes) for name, array in host.items()}
     # "pt" is what other libraries ask for before they read a file.
     header = safetensors_header(tensors, {"format": "pt"})
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The folder `{path.parent}` can't be made ({error.strerror}), so `{path.name}` can't "
+            "be written into it. Pass a path into a folder, or one that can be made",
+        ) from error
     written = aside(path, TEMPORARY)
     try:
         with open(written, "xb") as stream:

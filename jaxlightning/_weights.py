@@ -207,7 +207,14 @@ def _renamed(
 
 
 def _check_finds(what: str, pattern: str, arrays: Mapping[str, Any], path: Any) -> None:
-    if not any(re.search(pattern, name) for name in arrays):
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{what}` is no regular expression: {error}. To search for the text as it is, write "
+            f"`re.escape({pattern!r})`."
+        ) from error
+    if not any(map(expression.search, arrays)):
         raise ValueError(
             f"`{what}` finds nothing in `{path}`, where paths are like {_examples(arrays)}."
         )

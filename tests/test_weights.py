@@ -207,6 +207,13 @@ def test_narrow_floats_are_loaded_from_a_file(tmp_path):
     assert bits(load_weights(tmp_path / "w.safetensors", task)) == bits(task)
 
 
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    for path in ("file/w", "file/more/w"):
+        with pytest.raises(OSError, match=r"The folder `.*` can't be made .* so `w` can't be"):
+            export_weights(tmp_path / path, Net((4,), jax.random.key(7)))
+
+
 def test_a_file_that_is_none(tmp_path):
     (tmp_path / "w").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(Exception, match=r"is no safetensors file .* `export_weights` has written"):
@@ -306,6 +313,9 @@ def test_floats_are_cast_and_told_and_others_are_not(source, capsys):
         ({"include": "^head/"}, r"`include='\^head/'` finds nothing in .* like `layers/0/weight`"),
         ({"exclude": "^head/"}, r"`exclude='\^head/'` finds nothing"),
         ({"rename": {"^a/": "b/"}}, r"`rename=\{'\^a/': 'b/'\}` finds nothing"),
+        ({"include": "(one"}, r"`include='\(one'` is no regular expression: missing \)"),
+        ({"exclude": "(one"}, r"`exclude='\(one'` is no .* write `re\.escape\('\(one'\)`"),
+        ({"rename": {"[": "b"}}, r"`rename=\{'\[': 'b'\}` is no regular expression"),
         ({"rename": {"^": "x/"}}, r"Nothing of .* belongs into `Net`.* like `x/layers/0/weight`"),
     ],
 )
