@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxlightning._callback import Callback, Checkpoint
+from jaxlightning._say import warn
 
 from ._monitored import check_at_least
 
@@ -163,7 +163,7 @@ class LossSpike(Callback):
             if self.action == "rewind":
                 self._rewind(trainer, message)
             else:
-                warnings.warn(message, stacklevel=2)
+                warn(message)
 
     def _rewind(self, trainer: Trainer, message: str) -> None:
         if self.rewinds >= self.max_rewinds:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import operator
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import optax
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
+from ._say import warn
 from ._signals import Interrupted
 
 if TYPE_CHECKING:
@@ -371,11 +371,10 @@ class Bus(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Warns of states that no callback takes: their decisions start afresh."""
         if lost := sorted(set(state) - {callback.state_key for callback in self.callbacks}):
-            warnings.warn(
+            warn(
                 f"The checkpoint has the states of callbacks that this run does not have: "
                 f"{', '.join(f'`{key}`' for key in lost)}. If one of them was only changed, it "
                 "starts afresh.",
-                stacklevel=2,
             )
         for callback in self.callbacks:
             if callback.state_key in state:

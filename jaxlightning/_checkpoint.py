@@ -15,7 +15,6 @@ import contextlib
 import operator
 import os
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +49,7 @@ from ._checkpoint_read import (
     verify_checkpoint,
 )
 from ._checkpoint_save import Save, SaveFailed, export_weights, let_saves_end
+from ._say import warn
 
 __all__ = [
     "CheckpointDamaged",
@@ -197,7 +197,7 @@ def _report(root: Path, damaged: Mapping[Path, str], used: Path) -> None:
     with lock_if_free(root) as ours:
         # It may have been replaced since by a run that has ended meanwhile.
         hidden = [set_aside(path) for path in damaged if ours and _is_damaged(path)]
-    warnings.warn(_damage_report(damaged, hidden, used), stacklevel=3)
+    warn(_damage_report(damaged, hidden, used))
 
 
 def _is_damaged(path: Path) -> bool:

@@ -21,9 +21,10 @@ import shutil
 import socket
 import stat
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from ._say import warn
 
 TEMPORARY, TRASH, DAMAGED = ".tmp-", ".trash-", ".damaged-"
 
@@ -79,10 +80,9 @@ class RunLock:
             raise RunLocked(_locked_message(self._root, holder)) from None
         except OSError as error:
             # Some network file systems have no locks. Refusing to run there would help nobody.
-            warnings.warn(
+            warn(
                 f"`{self._root}` is on a file system without locks ({error.strerror}): nothing "
                 "keeps a second run from writing into it. See to it that there is none.",
-                stacklevel=4,
             )
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._evaluate import gather, inference
 from ._fit import RUN_AHEAD, FitRun
 from ._rewind import rewound
+from ._say import warn
 from ._stream import MetricStream, Numbers, computed
 from ._task import TaskModule
 from .data import DeviceBatch, Feed
@@ -72,10 +72,9 @@ def train_epoch(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
             return
     if at.batches == 0:
         trainer.stop("The training data is a one-pass iterator, and exhausted.", remembered=False)
-        warnings.warn(
+        warn(
             f"The training data gave no batch in epoch {at.epoch}, so training stops: it is a "
             "one-pass iterator. Pass a `DataLoader`, or something that can be iterated again.",
-            stacklevel=2,
         )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+
+from ._say import warn
 
 Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -129,4 +130,4 @@ class Program:
         )
         if self._on_recompile == "raise":
             raise RuntimeError(message)
-        warnings.warn(message, RecompilationWarning, stacklevel=5)
+        warn(message, RecompilationWarning)

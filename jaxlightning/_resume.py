@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
@@ -16,7 +15,7 @@ from ._checkpoint_manifest import versions as package_versions
 from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
 from ._configuration import differences
 from ._saver import checkpoint_folder, checkpoint_folders, environment, fixed_configuration, goes_on
-from ._say import say
+from ._say import say, warn
 from ._sensible import known_metrics, position, rewind_request, sensible
 from ._stream import MetricStream
 from .data._iterator_state import decode_state
@@ -135,10 +134,9 @@ def _check_unchanged(trainer: Trainer, path: Path, allow_changes: bool) -> None:
             "`warm_start(path, task)`."
         )
     if changed or elsewhere:
-        warnings.warn(
+        warn(
             f"The run goes on from `{path}`, but not bit for bit as it would have gone on then:"
             f"{_listed(changed + elsewhere)}",
-            stacklevel=2,
         )
 
 

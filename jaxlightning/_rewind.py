@@ -6,7 +6,6 @@ skipped without a list of them, and a run that resumes from there skips them too
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from jaxtyping import PyTree
 from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
 from ._resume import resume_loggers
 from ._saver import checkpoint_folder, checkpoint_folders, fixed_configuration
-from ._say import say
+from ._say import say, warn
 from ._sensible import known_metrics, position, sensible
 from ._stream import MetricStream
 
@@ -41,12 +40,11 @@ def rewound(trainer: Trainer, run: FitRun, stream: MetricStream) -> bool:
     found = _newest_intact(trainer, run, step)
     if found is None:
         run.rewind_request = None
-        warnings.warn(
+        warn(
             f"{reason} To go back, a checkpoint of step {step} or before is needed, and this run "
             f"has none in {_listed(checkpoint_folders(trainer))}, so it goes on as it is. Save "
             "more often and keep older ones: "
             "`ModelCheckpoint(every_n_train_steps=100, save_top_k=-1)`.",
-            stacklevel=2,
         )
         return False
     path, tree, metadata = found
@@ -106,7 +104,7 @@ def _newest_intact(
         try:
             tree, metadata = read_checkpoint(entry.path, run.abstract_state())
         except CheckpointDamaged as error:
-            warnings.warn(f"A damaged checkpoint is passed over: {error}", stacklevel=3)
+            warn(f"A damaged checkpoint is passed over: {error}")
         else:
             return entry.path, tree, metadata
     return None

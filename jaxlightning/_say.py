@@ -3,6 +3,8 @@
 import contextlib
 import os
 import sys
+import warnings
+from types import FrameType
 
 may_be_lost = contextlib.suppress(OSError, ValueError)
 """Around the writing of a message, which may never end a run: Ctrl-C in `train.py 2>&1 | tee log`
@@ -20,3 +22,20 @@ def say_from_handler(message: str) -> None:
     reentrant."""
     with may_be_lost:
         os.write(2, f"\n{message}\n".encode())
+
+
+_ON_THE_WAY = {"jaxlightning", "jaxtyping", "beartype", "contextlib", "threading"}
+"""Top-level names of the modules between a line of the user's and a warning."""
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns of something, as of the user's line that led to it, such as `trainer.fit(...)`."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _top_level(frame) in _ON_THE_WAY:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _top_level(frame: FrameType) -> str:
+    name: str = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -20,6 +19,7 @@ from ._importing import refuse_imported
 from ._init import TaskSource, call_configured
 from ._optim import task_optimizer
 from ._precision import Precision
+from ._say import warn
 from ._schedule import Position, Schedule, val_batches
 from ._sources import Loaders, first_batches
 from ._step import EvalStep, TrainStep, owns_update
@@ -67,10 +67,9 @@ def _warn_of_no_hooks(kind: type) -> None:
     hooks = [name for name in dir(Callback) if name.startswith("on_")]
     for name in dir(kind):
         if name.startswith("on_") and name not in hooks:
-            warnings.warn(
+            warn(
                 f"`{kind.__qualname__}.{name}` looks like a hook, but there is none of that name, "
                 f"so it is never called.{nearest(name, hooks)}",
-                stacklevel=4,
             )
 
 

@@ -8,12 +8,11 @@ import signal
 import subprocess
 import threading
 import types
-import warnings
 from typing import Any
 
 import jax
 
-from ._say import say, say_from_handler
+from ._say import say, say_from_handler, warn
 
 
 class Interrupted(BaseException):
@@ -145,12 +144,11 @@ class Signals:
             if handler != self._handle:
                 self._replaced.add(signum)
                 name = signal.Signals(signum).name
-                warnings.warn(
+                warn(
                     f"`{_name(handler)}` became the handler of {name} during the run, so that a "
                     f"{name} no longer saves it. Install that handler before `fit`, which calls "
                     "it after saving, or have it call the handler it replaces, which "
                     "`signal.signal` returns.",
-                    stacklevel=2,
                 )
 
 

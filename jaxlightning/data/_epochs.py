@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 import copy
-import warnings
 from collections.abc import Generator, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
+from .._say import warn
 from . import _grain as grain
 from ._fingerprint import checksum
 from ._loader import abstract
@@ -67,12 +67,11 @@ class Epochs(abc.ABC):
     def replayed(self, opened: Iterator[PyTree], count: int) -> Iterator[PyTree]:
         """What `opened` gives after `count` batches, which are read and thrown away."""
         if count and not isinstance(self.loader, list | tuple):
-            warnings.warn(
+            warn(
                 f"The {self.name} data is a `{type(self.loader).__name__}`, which can't be entered "
                 f"in the middle: to go on, {count} batches are read and thrown away, and the run "
                 "is the same only if they are the same ones again. A `DataLoader` goes on at once, "
                 "and so does an iterator with `get_state` and `set_state`.",
-                stacklevel=2,
             )
         return islice(opened, count, None)
 
@@ -107,11 +106,10 @@ class RepeatedEpochs(Epochs):
 
     def _warn_of_epochs(self, epoch: int) -> None:
         if not isinstance(self.loader, list | tuple):
-            warnings.warn(
+            warn(
                 f"The {self.name} data is a `{type(self.loader).__name__}`, which does not know of "
                 f"epochs: the run goes on with epoch {epoch}, and is the same only if every "
                 "iteration gives the same batches. A `DataLoader` shuffles by the epoch's number.",
-                stacklevel=2,
             )
 
 
@@ -228,12 +226,11 @@ class GrainEpochs(Epochs):
 
     def _opened(self, epoch: int, start: int) -> tuple[Any, list[Read]]:
         if epoch and grain.is_shuffled_once(self.loader):
-            warnings.warn(
+            warn(
                 f"The {self.name} data is shuffled, but a `{type(self.loader).__name__}` of Grain "
                 "that is iterated anew by each epoch has the same order in all of them. Write "
                 "`.repeat()` before `.to_iter_dataset()`, and `limit_train_batches=` to part the "
                 "epochs; or pass a `MapDataset`, which is shuffled anew.",
-                stacklevel=2,
             )
         kept, self._kept = self._kept, None
         taken, restored = self._going_on()
