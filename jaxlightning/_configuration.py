@@ -21,7 +21,7 @@ import pathlib
 import re
 import types
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -349,18 +349,41 @@ def _hash(content: bytes | str) -> str:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A line for each value that one has otherwise than the other."""
-    before, after = _flat(saved), _flat(now)
-    return [
-        f"{name}: {before.get(name, 'absent')} in the checkpoint, {after.get(name, 'absent')} now"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+    return sorted(_apart("", saved, now))
+
+
+_ABSENT = "absent"
+
+
+def _apart(name: str, before: Any, after: Any) -> Iterator[str]:
+    one, other = _inner(before), _inner(after)
+    plain = [
+        value
+        for value, inner in ((before, one), (after, other))
+        if not inner and value not in (_ABSENT, {}, [])
     ]
+    if plain or not (one or other):
+        if before != after:
+            yield f"{name}: {_brief(before)} in the checkpoint, {_brief(after)} now"
+        return
+    if len(one) == len(other) == 1 and one.keys() != other.keys():
+        (kind, held), (other_kind, holds) = *one.items(), *other.items()
+        if _inner(held) and _inner(holds):  # another class, whose fields may well be the same
+            yield f"{name}: {kind} in the checkpoint, {other_kind} now"
+            yield from _apart(f"{name}: {other_kind}", held, holds)
+            return
+    for key in one.keys() | other.keys():
+        inner = ": ".join(filter(None, (name, key)))
+        yield from _apart(inner, one.get(key, _ABSENT), other.get(key, _ABSENT))
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    items = values.items() if isinstance(values, Mapping) else enumerate(values)
-    found: dict[str, Any] = {}
-    for name, value in items:
-        inner = isinstance(value, Mapping | list) and value
-        found |= _flat(value, f"{prefix}{name}: ") if inner else {f"{prefix}{name}": value}
-    return found
+def _inner(value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    return {str(i): item for i, item in enumerate(value)} if isinstance(value, list) else {}
+
+
+def _brief(value: Any) -> str:
+    """A class with its fields by its name."""
+    inner = _inner(value)
+    return f"{next(iter(inner))}(...)" if inner else str(value)

@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 
+def check_asked(ckpt_path: Any, resume: str | None, allow_changes: bool) -> None:
+    """**Raises:** `ValueError` for arguments of `fit` that are unknown or contradict each other."""
+    if resume not in (None, "auto"):
+        raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
+    if ckpt_path == "auto":
+        raise ValueError('`ckpt_path="auto"` is unknown. Write `resume="auto"`.')
+    if resume is not None and ckpt_path is not None:
+        raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
+    if allow_changes and resume is None and ckpt_path is None:
+        raise ValueError(
+            "`allow_changes=True` is about a checkpoint to go on from, and this fit starts anew. "
+            'Add `resume="auto"` or `ckpt_path=`, or leave it out.'
+        )
+
+
 def latest_of_run(trainer: Trainer) -> tuple[Path, Callable[[Entry], bool]]:
     """The folder that has the latest checkpoint of the run, and which of those in it a run can go
     on from: of several runs that saved there, the one that saved last has them."""

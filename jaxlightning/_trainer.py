@@ -24,7 +24,7 @@ from ._init import TaskSource
 from ._loop import evaluate, fit_loop, predict, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
-from ._resume import go_back, resolve, restore
+from ._resume import check_asked, go_back, resolve, restore
 from ._saver import Saver, reserve
 from ._schedule import Position, Schedule
 from ._signals import Signals
@@ -196,22 +196,13 @@ class Trainer(Facts):
         - `ckpt_path`: `"last"`, `"best"` or a path: go on from there, or fail.
         - `resume`: `"auto"`: go on from the latest checkpoint, or start where there is none.
         - `allow_changes`: go on although data, optimizer or other configuration are not those of
-          the checkpoint, with a warning that lists the differences. Arrays have to fit anyway.
+          the checkpoint, with a warning that lists the differences. Parameters have to fit anyway;
+          an optimizer's state that does not begins anew.
 
         A run that goes on is the run that it would have been, bit for bit, with the same versions
         of packages and on as many devices. Limits such as `max_epochs` may be raised.
         """
-        if resume not in (None, "auto"):
-            raise ValueError(f'`resume={resume!r}` is unknown. Write "auto", or `ckpt_path=`.')
-        if ckpt_path == "auto":
-            raise ValueError('`ckpt_path="auto"` is unknown. Write `resume="auto"`.')
-        if resume is not None and ckpt_path is not None:
-            raise ValueError("`resume` and `ckpt_path` contradict each other. Write one of them.")
-        if allow_changes and resume is None and ckpt_path is None:
-            raise ValueError(
-                "`allow_changes=True` is about a checkpoint to go on from, and this fit starts "
-                'anew. Add `resume="auto"` or `ckpt_path=`, or leave it out.'
-            )
+        check_asked(ckpt_path, resume, allow_changes)
         setting_up.refuse_nested(self, "fit")
         checkpoint = ckpt_path if resume is None else resume
         passed = {"train": train_dataloaders, "val": val_dataloaders}
