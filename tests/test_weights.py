@@ -96,8 +96,8 @@ def test_hyper_parameters_may_be_changed(tmp_path):
 
 def test_a_hyper_parameter_may_be_called_as_arguments_are(tmp_path):
     class Reads(Net):
-        path: str = eqx.field(static=True)
-        make: str = eqx.field(static=True)
+        path: str = eqx.field(static=True, default="here")
+        make: str = eqx.field(static=True, default="old")
 
         def __init__(self, sizes, key, path="here", make="old"):
             super().__init__(sizes, key)
