@@ -1,7 +1,9 @@
 # Every target first sets up `.venv`, once (scripts/setup).
 #   ARGS    goes to the command:     make pretrain ARGS='--model small'
 #   PYTHON  picks the interpreter:   make test PYTHON=python3.12
+#   WORKERS says in how many processes tests run, each of which needs up to 3 GB
 ARGS ?=
+WORKERS ?= 2
 PYTHON ?=
 
 .PHONY: help setup pretrain test check format wheel-check benchmark clean
@@ -25,7 +27,7 @@ pretrain: setup
 	@exec .venv/bin/albert pretrain $(ARGS)
 
 test: setup
-	@exec .venv/bin/python -m pytest $(ARGS)
+	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: setup
 	@exec sh scripts/check
