@@ -1,8 +1,6 @@
 """Strict modes, four virtual devices, and fixtures that several files use."""
 
-import collections
 import os
-import re
 import signal
 
 import jax
@@ -15,16 +13,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def pytest_collection_modifyitems(items):
-    """Names without addresses, on which the processes of `pytest -n` would not agree."""
-    times = collections.Counter()
-    for item in items:
-        name = re.sub(r" at 0x[0-9a-f]+", "", item.nodeid)
-        if name != item.nodeid:
-            times[name] += 1
-            item._nodeid = f"{name}-{times[name]}"
 
 
 @pytest.fixture

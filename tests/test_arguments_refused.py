@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
+from naming import named
 
 from jaxlightning import Callback, Trainer
 from jaxlightning._arguments import Arguments
@@ -208,7 +209,7 @@ TOGETHER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "says"), TOGETHER, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("arguments", "says"), TOGETHER, ids=named)
 def test_contradictions(arguments, says):
     made = {name: value() if value is mesh_of_two else value for name, value in arguments.items()}
     assert says in refused(**made)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from naming import named
 from tasks import Classifier, notes, quiet, refused, rows, says
 
 from jaxlightning import Callback, DataLoader, DataModule, Mean, TaskModule, Trainer, buffer
@@ -62,7 +63,7 @@ class Stepped(Classifier):
         ({}, ValueError, "There is no training data. Pass a `DataLoader`, any iterable"),
         (DataModule(), NotImplementedError, "`DataModule` has no `train_dataloader`. Write one"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_no_data(data, kind, message):
     assert message in says(refused(kind, Classifier(), data))

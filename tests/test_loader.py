@@ -5,6 +5,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from naming import named
 
 from jaxlightning import DataLoader
 from jaxlightning.data import abstract
@@ -329,7 +330,7 @@ def test_an_exception_in_a_dataset_of_hugging_face_names_the_row():
         (None, {}, TypeError, "is a `NoneType`. It has to be a pytree of arrays"),
         (iter([1]), {}, TypeError, "is a `list_iterator`. It has to be a pytree of arrays"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_refuses(source, arguments, error, message):
     with pytest.raises(error, match=message):

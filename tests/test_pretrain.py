@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from naming import named
 
 from albert_task import _pretrain
 from albert_task._cli import main
@@ -308,7 +309,7 @@ def of(trainer, kind):
     return next(callback for callback in trainer.callbacks if isinstance(callback, kind))
 
 
-@pytest.mark.parametrize(("given", "read", "expected"), WIRES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("given", "read", "expected"), WIRES, ids=named)
 def test_an_option_reaches_the_trainer(tmp_path, given, read, expected):
     trainer = make_trainer(PretrainOptions(**({"devices": "1"} | given)), tmp_path)
     assert read(trainer) == expected

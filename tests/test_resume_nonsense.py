@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from naming import named
 from tasks import Classifier, quiet, rows
 
 from jaxlightning import (
@@ -101,7 +102,7 @@ NONSENSE = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "value"), NONSENSE, ids=str)
+@pytest.mark.parametrize(("entry", "value"), NONSENSE, ids=named)
 def test_nonsense_is_refused_with_a_sentence(root, entry, value):
     def change(metadata):
         if value is MISSING:

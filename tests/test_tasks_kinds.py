@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from naming import named
 from tasks import Classifier, arrays, assert_close, assert_same, hand_fit, quiet, rows
 
 from jaxlightning import Callback, DataLoader, Mean, Precision, TaskModule, buffer
@@ -108,7 +109,7 @@ HOOKS = [
             for one, hook in HOOKS
         ),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_belongs_to_the_built_step_is_refused_by_name(arguments, says):
     trainer = quiet(max_epochs=1, **arguments)
