@@ -27,7 +27,7 @@ pretrain: setup
 	@exec .venv/bin/albert pretrain $(ARGS)
 
 test: setup
-	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: setup
 	@exec sh scripts/check

@@ -63,6 +63,7 @@ _BY_TYPE = {
 """Objects with attributes that change while they are used, or that name places in a machine."""
 _WRAPPERS = ("equinox", "functools", "jax", "jaxlib", "numpy")
 """Whose objects may be told by the function that is their `__wrapped__`."""
+_CHECKERS = ("beartype", "jaxtyping", "typeguard")
 _TRANSPARENT = ("chain.update_fn", "with_extra_args_support.update")
 """Optax's functions that only hold others, which a message is shorter without."""
 
@@ -199,6 +200,7 @@ class _Walk:
         return {name: found[kind] if isinstance(found, dict) and [*found] == [kind] else found}
 
     def _function(self, value: types.FunctionType) -> Any:
+        value = _unchecked(value)
         name = value.__qualname__.replace(".<locals>", "")
         found = {key: self.described(item) for key, item in _held(value).items()}
         if name in _TRANSPARENT and len(found) == 1:
@@ -208,7 +210,7 @@ class _Walk:
     def _transformation(self, value: optax.GradientTransformation) -> Any:
         """By its update, and by what only `init` knows: that is in the restored state, so that
         another value would be ignored without a word."""
-        init, update = value.init, value.update
+        init, update = _unchecked(value.init), _unchecked(value.update)
         if not (isinstance(init, types.FunctionType) and isinstance(update, types.FunctionType)):
             return self.described(update)
         first, then = _held(init), _held(update)
@@ -284,6 +286,16 @@ def _wrapped(value: Any) -> Any:
     """The function inside one that is jitted, vectorised, cached or has its own derivative."""
     known = type(value).__module__.partition(".")[0] in _WRAPPERS
     return getattr(value, "__wrapped__", None) if known else None
+
+
+def _unchecked(value: Any) -> Any:
+    """The function that checks of types were put around, which hold addresses in their names."""
+    while isinstance(value, types.FunctionType) and hasattr(value, "__wrapped__"):
+        made_by = str(value.__globals__.get("__name__")).partition(".")[0]
+        if made_by not in _CHECKERS and not value.__code__.co_filename.startswith("<@beartype"):
+            break
+        value = value.__wrapped__
+    return value
 
 
 def _array(value: Any, most: int, leaf: bool) -> str:

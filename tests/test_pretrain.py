@@ -257,6 +257,7 @@ def test_a_run_that_stops_improving_is_over_until_it_gets_more_patience(text, tm
     assert json.loads((out / "result.json").read_text())["steps"] == 20
 
 
+@pytest.mark.slow
 def test_options_together_reach_the_trainer_and_the_optimizer(text, tmp_path, capsys):
     given = dict(
         epochs=2, accumulate=3, precision="bf16-mixed", optimizer="lamb", schedule="linear",

@@ -44,9 +44,10 @@ def uninterrupted(tmp_path_factory):
 
 CUTS = [
     ("SIGTERM", 143, 7, "step"),  # within a log interval, an epoch, between checkpoints
-    ("SIGINT", 130, 15, "validation"),  # during the validation after a step that logs
-    ("SIGTERM", 143, 22, "epoch"),  # at the end of an epoch
-    ("SIGKILL", -9, 13, "step"),
+    # Of these there are more in `test_kills.py`, in processes that cost less.
+    pytest.param("SIGINT", 130, 15, "validation", marks=pytest.mark.slow),
+    pytest.param("SIGTERM", 143, 22, "epoch", marks=pytest.mark.slow),
+    pytest.param("SIGKILL", -9, 13, "step", marks=pytest.mark.slow),
 ]
 
 
