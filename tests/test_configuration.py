@@ -16,9 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from beartype import beartype
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, jaxtyped
 from tasks import Classifier, quiet, rows
 
 from jaxlightning import DataLoader, _configuration, _fit
@@ -493,20 +491,3 @@ def test_processes_with_other_hash_seeds_agree():
     assert one == other
     assert "0x" not in one
     assert '"..."' not in one
-
-
-def test_checks_of_types_are_seen_through():
-    """Their wrappers, of jaxtyping and beartype, have names with addresses in them."""
-
-    def schedule(rate):
-        def value(count: Float[Array, ""]) -> Float[Array, ""]:
-            return rate * count
-
-        return value
-
-    def checked(rate):
-        return jaxtyped(typechecker=beartype)(schedule(rate))
-
-    assert described(checked(0.1)) == described(schedule(0.1))
-    assert described(checked(0.1)) != described(checked(0.2))
-    assert "beartype" not in str(described(optax.adam(checked(0.1))))
