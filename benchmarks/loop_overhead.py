@@ -29,11 +29,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
-from jaxlightning import Callback, DataLoader, Mean, TaskModule, Trainer
+from jaxlightning import Callback, DataLoader, Trainer
 
 from . import _peers
+from ._task import Classifier
 from ._workload import BATCH, LEARNING_RATE, Workload, network
 
 Case = Callable[[Workload], float]
@@ -92,17 +93,6 @@ def filter_jit(work: Workload) -> float:
             net, opt_state, loss = step(net, opt_state, batch)
         jax.block_until_ready((eqx.filter(net, eqx.is_array), loss))
     return time.perf_counter() - start
-
-
-class Classifier(TaskModule):
-    net: eqx.nn.MLP
-
-    def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Mean:
-        logits = jax.vmap(self.net)(batch["x"])
-        return Mean.over(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
-
-    def configure_optimizers(self) -> optax.GradientTransformation:
-        return optax.adamw(LEARNING_RATE)
 
 
 class Stopwatch(Callback):

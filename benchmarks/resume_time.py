@@ -25,17 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import numpy as np
-import optax
-from jaxtyping import Int, PRNGKeyArray, PyTree
+from jaxtyping import Int
 
-from jaxlightning import Callback, DataLoader, Mean, TaskModule, Trainer
+from jaxlightning import Callback, DataLoader, Trainer
 from jaxlightning.callbacks import ModelCheckpoint
 
 from ._stores import machine
-from ._workload import BATCH, CLASSES, FEATURES, LEARNING_RATE, network
+from ._task import Classifier
+from ._workload import BATCH, CLASSES, FEATURES, network
 
 
 class Rows:
@@ -55,17 +54,6 @@ class Rows:
 
     def fingerprint(self) -> str:
         return f"{self.count} sines"
-
-
-class Classifier(TaskModule):
-    net: eqx.nn.MLP
-
-    def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Mean:
-        logits = jax.vmap(self.net)(batch["x"])
-        return Mean.over(optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]))
-
-    def configure_optimizers(self) -> optax.GradientTransformation:
-        return optax.adamw(LEARNING_RATE)
 
 
 class FirstStep(Callback):
