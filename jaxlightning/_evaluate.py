@@ -167,13 +167,13 @@ class Evaluator:
 
     def __init__(
         self,
-        placement: Placement,
+        placement_for: Callable[[TaskModule], Placement],
         precision: Precision,
         on_recompile: str,
         compiler_options: dict[str, Any] | None,
     ):
-        self._arguments = (placement, on_recompile, compiler_options)
-        self._precision = precision
+        self._placement_for, self._precision = placement_for, precision
+        self._options = (on_recompile, compiler_options)
         self._programs: dict[tuple[str, str], EvalProgram] = {}
         self._replaced_compile_s, self._replaced_recompilations = 0.0, 0
 
@@ -183,8 +183,10 @@ class Evaluator:
             if found is not None:
                 self._replaced_compile_s += found.program.compile_s
                 self._replaced_recompilations += found.program.recompilations
-            step = EvalStep(stage, self._precision)
-            found = EvalProgram(step, task, feed, *self._arguments)
+            placement = self._placement_for(task)
+            several = placement if placement.mesh.size > 1 else None
+            step = EvalStep(stage, self._precision, several)
+            found = EvalProgram(step, task, feed, placement, *self._options)
             self._programs[stage, loader] = found
         found.feed = feed
         return found

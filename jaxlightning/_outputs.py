@@ -22,8 +22,10 @@ class Outputs(NamedTuple):
     """The task handed back, for its buffers."""
 
 
-def read_outputs(outputs: Any, method: str) -> Outputs:
+def read_outputs(outputs: Any, method: str, *, scalars: bool = True) -> Outputs:
     """Reads `loss`, `(loss, metrics)` or `(loss, metrics, task)` as returned by `method`.
+
+    `scalars`: whether a loss or a metric may be a bare one, which stands for the whole batch.
 
     **Raises:** `ValueError` or `TypeError`, at trace time, for anything else.
     """
@@ -48,6 +50,16 @@ def read_outputs(outputs: Any, method: str) -> Outputs:
             f"The third thing `{method}` returned is a `{type(task).__name__}`. It has to be the "
             "task with its advanced buffers: `eqx.tree_at(lambda t: t.state, self, state)`."
         )
+    if not scalars:
+        terms_given = loss if isinstance(loss, dict) else {"loss": loss}
+        for name, value in {**terms_given, **metrics}.items():
+            if not isinstance(value, Metric):
+                raise ValueError(
+                    f"The task says `independent_examples = True`, but the `{name}` that "
+                    f"`{method}` returned is a scalar, which does not say how many examples it "
+                    "is of. Return `Mean.over(values)`, with a value for each example; for what "
+                    "depends on none, `Last.of(value)`."
+                )
     if isinstance(loss, dict):
         if not loss:
             raise ValueError(f"`{method}` returned an empty dict as its loss.")

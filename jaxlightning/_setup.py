@@ -332,17 +332,19 @@ def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> Fi
         import optax
 
         tx = optax.with_extra_args_support(bus.wrap_optimizer(trainer, tx))
+    placement = trainer._placement_for(task)
     step = TrainStep(
         spec=trainable_spec(task),
         tx=tx,
         precision=trainer.precision,
         bus=bus,
         collect=not arguments.barebones,
+        placement=placement if placement.mesh.size > 1 else None,
     )
     return FitRun(
         source=source,
         step=step,
-        placement=trainer._placement_for(task),
+        placement=placement,
         feed=feed,
         key=jax.random.key(arguments.seed),
         counts_skipped=bool(bus.judges),

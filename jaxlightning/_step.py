@@ -20,12 +20,19 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
 from ._callback import Bus, InsideStep
 from ._metrics import Mean, Metric
 from ._outputs import Outputs, as_metrics, read_outputs
+from ._per_shard import draws_on_shards, gradients_per_shard
 from ._precision import Precision, cast, cast_task
 from ._state import LossScale, TrainState
 from ._task import TaskModule
+from .parallel import Placement
+from .parallel._context import gathered
+from .parallel._randomness import NotByRows
 
 _Carry = TypeVar("_Carry")
 _M = TypeVar("_M", bound=Metric)
+
+Weights = dict[str, Float[Array, ""]]
+Across = Callable[[Weights], Weights]
 
 TRAIN, VALIDATE, TEST, PREDICT, INIT = range(5)
 """The streams of randomness: `fold_in(fold_in(root, stream), step)`."""
@@ -36,9 +43,7 @@ def step_key(root: PRNGKeyArray, stream: int, step: Int[Array, ""] | int) -> PRN
     return jax.random.fold_in(jax.random.fold_in(root, stream), step)
 
 
-def total_loss(
-    terms: dict[str, Mean], weights: dict[str, Float[Array, ""]] | None = None
-) -> Float[Array, ""]:
+def total_loss(terms: dict[str, Mean], weights: Weights | None = None) -> Float[Array, ""]:
     """The sum over terms of total / weight, differentiable in the totals only.
 
     `weights` are those of the whole global batch, by default the terms' own. A term of weight 0
@@ -60,6 +65,10 @@ def keep_where(accepted: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(one, new, old)
 
 
+def _alone(weights: Weights) -> Weights:
+    return weights
+
+
 class MicroBatches(NamedTuple):
     """The batches of one step under gradient accumulation: equal ones, then a smaller one."""
 
@@ -77,6 +86,8 @@ class TrainStep(NamedTuple):
     bus: Bus = Bus(())
     collect: bool = True
     """Whether metrics are summed into the state."""
+    placement: Placement | None = None
+    """Where the state lives, on several devices."""
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Metric]]:
         """`batch` may be `MicroBatches`, over which the step accumulates exactly."""
@@ -96,9 +107,9 @@ class TrainStep(NamedTuple):
         self, state: TrainState, batch: PyTree, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Metric]]:
         scale = None if state.loss_scale is None else state.loss_scale.scale
-        gradients = self._accumulated if isinstance(batch, MicroBatches) else self._gradients
-        grads, outputs = gradients(state.task, batch, key, scale)
+        grads, outputs = self._placed_gradients(state.task, batch, key, scale)
         params, buffers = eqx.partition(state.task, self.spec)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         loss = total_loss(outputs.terms)
         accepted = overflow = None
         loss_scale = state.loss_scale
@@ -141,12 +152,12 @@ class TrainStep(NamedTuple):
         metrics = metrics | observed
         return state.replace(task=new, opt_state=opt_state, loss_scale=loss_scale), metrics
 
-    def _outputs(
-        self, params: PyTree, buffers: PyTree, batch: PyTree, key: PRNGKeyArray
-    ) -> Outputs:
+    def outputs(self, params: PyTree, buffers: PyTree, batch: PyTree, key: PRNGKeyArray) -> Outputs:
+        """What `training_step` returns, of the parameters in the dtype of computation."""
         task = cast_task(eqx.combine(params, buffers), self.precision.compute)
         outputs = task.training_step(self.precision.of_batch(batch), key=key)
-        return read_outputs(outputs, f"{type(task).__name__}.training_step")
+        name = f"{type(task).__name__}.training_step"
+        return read_outputs(outputs, name, scalars=not task.independent_examples)
 
     def _buffers(self, task: TaskModule, buffers: PyTree) -> PyTree:
         """The buffers of a task handed back, in the dtypes they had."""
@@ -164,20 +175,54 @@ class TrainStep(NamedTuple):
 
         return jax.tree.map(one, advanced, buffers)
 
+    def _placed_gradients(
+        self, task: TaskModule, batch: PyTree, key: PRNGKeyArray, scale: Float[Array, ""] | None
+    ) -> tuple[PyTree, Outputs]:
+        """`gradients`, with what is sharded gathered first, and reduced after."""
+        if self.placement is None:
+            return self.gradients(task, batch, key, scale)
+        if task.independent_examples and self.placement.shards > 1:
+            try:
+                own = draws_on_shards(self, task, batch, key)
+                return gradients_per_shard(self, own, task, batch, key, scale)
+            except NotByRows:
+                pass  # `explain_sharding` says why. As exact, and reduced more often.
+        with gathered(self.placement, task) as (task, scattered):
+            grads, outputs = self.gradients(task, batch, key, scale)
+        return scattered(grads), outputs
+
+    def gradients(
+        self,
+        task: TaskModule,
+        batch: PyTree,
+        key: PRNGKeyArray,
+        scale: Float[Array, ""] | None,
+        across: Across = _alone,
+    ) -> tuple[PyTree, Outputs]:
+        """Gradients of the loss over a batch, or over all of `MicroBatches`.
+
+        `across` sums the weights of losses over the parts of a batch that is taken in parts.
+        """
+        if isinstance(batch, MicroBatches):
+            return self._accumulated(task, batch, key, scale, across)
+        return self._gradients(task, batch, key, scale, across)
+
     def _gradients(
         self,
         task: TaskModule,
         batch: PyTree,
         key: PRNGKeyArray,
         scale: Float[Array, ""] | None,
-        weights: dict[str, Float[Array, ""]] | None = None,
+        across: Across,
+        weights: Weights | None = None,
     ) -> tuple[PyTree, Outputs]:
         """Gradients of the loss; a loss of given `weights` is one part of a larger batch's."""
         params, buffers = eqx.partition(task, self.spec)
 
         def objective(params: PyTree) -> tuple[Shaped[Array, ""], Outputs]:
-            outputs = self._outputs(params, buffers, batch, key)
-            loss = total_loss(outputs.terms, weights)
+            outputs = self.outputs(params, buffers, batch, key)
+            total = across(_weights(outputs.terms)) if weights is None else weights
+            loss = total_loss(outputs.terms, total)
             dynamic = None if outputs.task is None else eqx.filter(outputs.task, eqx.is_array)
             return loss if scale is None else loss * scale, outputs._replace(task=dynamic)
 
@@ -194,6 +239,7 @@ class TrainStep(NamedTuple):
         batches: MicroBatches,
         key: PRNGKeyArray,
         scale: Float[Array, ""] | None,
+        across: Across,
     ) -> tuple[PyTree, Outputs]:
         """Gradients over several micro-batches, exactly as if they were one batch.
 
@@ -203,20 +249,20 @@ class TrainStep(NamedTuple):
         params, buffers = eqx.partition(task, self.spec)
         sample = batches.equal[0] if batches.equal else batches.ragged
         like = jax.eval_shape(
-            lambda: eqx.filter(self._outputs(params, buffers, sample, key), eqx.is_array)
+            lambda: eqx.filter(self.outputs(params, buffers, sample, key), eqx.is_array)
         )
 
         def weigh(weights: PyTree, batch: PyTree, key: PRNGKeyArray) -> PyTree:
-            terms = self._outputs(params, buffers, batch, key).terms
+            terms = self.outputs(params, buffers, batch, key).terms
             return {name: weights[name] + term.weight for name, term in terms.items()}
 
         zero = {name: jnp.float32(0.0) for name in like.terms}
-        weights = _over_micro_batches(weigh, zero, batches, key)
+        weights = across(_over_micro_batches(weigh, zero, batches, key))
 
         def accumulate(carry: Any, batch: PyTree, key: PRNGKeyArray) -> Any:
             grads, metrics, terms, dynamic = carry
             now = eqx.combine(dynamic, task)
-            more, outputs = self._gradients(now, batch, key, scale, weights)
+            more, outputs = self._gradients(now, batch, key, scale, across, weights)
             grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, more)
             metrics = {name: total.merge(outputs.metrics[name]) for name, total in metrics.items()}
             terms = {name: total.merge(outputs.terms[name]) for name, total in terms.items()}
@@ -235,9 +281,12 @@ class TrainStep(NamedTuple):
             eqx.filter(task, eqx.is_array),
         )
         grads, metrics, terms, dynamic = _over_micro_batches(accumulate, carry, batches, key)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         advanced = None if like.task is None else eqx.combine(dynamic, task)
         return grads, Outputs(terms, metrics, advanced)
+
+
+def _weights(terms: dict[str, Mean]) -> Weights:
+    return {n: jax.lax.stop_gradient(jnp.asarray(term.weight)) for n, term in terms.items()}
 
 
 def _summing_dtype(dtype: Any) -> Any:
@@ -298,6 +347,7 @@ class EvalStep(NamedTuple):
     stage: str
     """`"validation"`, `"test"` or `"predict"`."""
     precision: Precision = Precision()
+    placement: Placement | None = None
 
     def __call__(
         self, task: TaskModule, root: PRNGKeyArray, batch: PyTree, index: Int[Array, ""] | int
@@ -310,9 +360,8 @@ class EvalStep(NamedTuple):
         key = step_key(root, stream, index)
         task = cast_task(task, self.precision.compute)
         batch = self.precision.of_batch(batch)
-        method = getattr(task, f"{self.stage}_step")
+        with gathered(self.placement, task) as (task, _):
+            found = getattr(task, f"{self.stage}_step")(batch, key=key)
         if self.stage == "predict":
-            return cast(method(batch, key=key), self.precision.output)
-        return read_outputs(
-            method(batch, key=key), f"{type(task).__name__}.{self.stage}_step"
-        ).metrics
+            return cast(found, self.precision.output)
+        return read_outputs(found, f"{type(task).__name__}.{self.stage}_step").metrics

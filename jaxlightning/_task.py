@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -91,6 +91,18 @@ class TaskModule(eqx.Module):
 
     All methods are pure: they are traced once and compiled.
     """
+
+    independent_examples: ClassVar[bool] = False
+    """Whether examples do not see each other: each loss and metric is a sum over examples of what
+    depends on one of them alone. Not so for batch normalisation, in-batch negatives or mixup.
+
+    Results do not depend on it, but on several devices it saves time: where it is true, each takes
+    the gradients of its own rows, and they are reduced once a step, not in every micro-batch or
+    turn of a scan. Losses and metrics are then `Mean.over(...)` and the like, and no scalars.
+    """
+    gathered_in_scan: ClassVar[Sequence[str]] = ()
+    """The paths of layers that are stacked along a leading axis and gathered one by one, in the
+    scan over them, with [`gather_layer`][]. All other parameters are gathered once a step."""
 
     def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
         """The loss of one batch.

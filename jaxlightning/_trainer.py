@@ -150,7 +150,7 @@ class Trainer(Facts):
         self._compiler_options = compiler_options(deterministic, self.mesh.devices.flat[0].platform)
         self.precision = Precision.named(precision)
         self._evaluator = Evaluator(
-            self._placement, self.precision, on_recompile, self._compiler_options
+            self._placement_for, self.precision, on_recompile, self._compiler_options
         )
         self._bus = Bus(self._given_callbacks)
         self._signals = Signals()
@@ -346,7 +346,8 @@ class Trainer(Facts):
 
     def _placement_for(self, task: TaskModule) -> Placement:
         strategy = strategy_rules(self._arguments.strategy)
-        return Placement(self.mesh, [*task.partition_rules(), *strategy])
+        rules = [*task.partition_rules(), *strategy]
+        return Placement(self.mesh, rules, task.gathered_in_scan)
 
     # The parts of a fit
 

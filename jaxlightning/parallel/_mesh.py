@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,13 +12,17 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
-Spec = PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]
-Rule = tuple[str, Spec]
-"""A regular expression on a leaf's path, and how a leaf that it finds is sharded."""
-
-AXES = ("data", "fsdp", "tensor")
-DATA_AXES = ("data", "fsdp")
-"""The axes over which a batch is split."""
+from ._rules import (
+    AXES,
+    DATA_AXES,
+    Rule,
+    check_rule,
+    divides,
+    fsdp,
+    nearest_axis,
+    only_axes,
+    spec_axes,
+)
 
 
 def pick_devices(devices: int | str | Sequence[jax.Device | int]) -> list[jax.Device]:
@@ -100,80 +103,8 @@ def _check_axes(axes: Iterable[str]) -> None:
     for axis in axes:
         if axis not in AXES:
             raise ValueError(
-                f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{_nearest_axis(axis)}"
+                f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{nearest_axis(axis)}"
             )
-
-
-def fsdp(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Shards the largest axis that the mesh's `fsdp` axis divides; small leaves stay whole."""
-    size = mesh.shape.get("fsdp", 1)
-    axes = [axis for axis, length in enumerate(shape) if length % size == 0]
-    if size == 1 or not axes or math.prod(shape) < 2**10:
-        return PartitionSpec()
-    largest = max(axes, key=lambda axis: shape[axis])
-    return PartitionSpec(*[None] * largest, "fsdp")
-
-
-STRATEGIES: dict[str, tuple[Rule, ...]] = {"auto": (), "ddp": (), "fsdp": ((r".*", fsdp),)}
-
-
-def strategy_rules(strategy: str | Sequence[Rule]) -> tuple[Rule, ...]:
-    """The rules of a strategy's name, or the rules themselves."""
-    if not isinstance(strategy, str):
-        for rule in strategy if isinstance(strategy, list | tuple) else [strategy]:
-            _check_rule(rule, "`strategy`")
-        return tuple(strategy)
-    if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f" Did you mean `{near[0]!r}`?" if near else ""
-        raise ValueError(
-            f"`strategy={strategy!r}` is unknown; it is one of {sorted(STRATEGIES)}, or a list of "
-            f"`(regex on the leaf's path, PartitionSpec)`.{hint}"
-        )
-    return STRATEGIES[strategy]
-
-
-def _check_rule(rule: Any, whose: str) -> None:
-    is_pair = isinstance(rule, list | tuple) and len(rule) == 2
-    if not (
-        is_pair
-        and isinstance(rule[0], str)
-        and (isinstance(rule[1], PartitionSpec) or callable(rule[1]))
-    ):
-        raise TypeError(
-            f"{whose} has the rule {rule!r}. A rule is a pair of a regular expression on a "
-            'leaf\'s path and a `PartitionSpec`: `("head/weight", PartitionSpec("tensor"))`.'
-        )
-    for axis in () if callable(rule[1]) else spec_axes(rule[1]):
-        if axis not in AXES:
-            raise ValueError(
-                f'{whose} shards `{rule[0]}` over an unknown axis "{axis}"; the axes are {AXES}.'
-                f"{_nearest_axis(axis)}"
-            )
-
-
-def _nearest_axis(axis: str) -> str:
-    near = difflib.get_close_matches(axis, AXES, n=1)
-    return f" Did you mean `{near[0]}`?" if near else ""
-
-
-def spec_axes(spec: Iterable[Any]) -> list[str]:
-    """The names of the mesh's axes in a `PartitionSpec`."""
-    entries = [entry for entry in spec if entry is not None]
-    return [axis for e in entries for axis in (e if isinstance(e, tuple) else (e,))]
-
-
-def _check_divides(
-    sharding: NamedSharding, path: str, shape: tuple[int, ...], pattern: str
-) -> None:
-    try:
-        sharding.shard_shape(shape)
-    except ValueError:
-        raise ValueError(
-            f"The rule `{pattern}` shards `{path}` of shape {list(shape)} as {sharding.spec} over "
-            f"the mesh {dict(sharding.mesh.shape)}, whose sizes do not divide it. Shard another "
-            "axis, or put a rule with `PartitionSpec()` for this leaf before it."
-        ) from None
 
 
 def leaf_path(path: Any) -> str:
@@ -182,45 +113,111 @@ def leaf_path(path: Any) -> str:
 
 
 class Placement:
-    """Where arrays live: parameters by rules, batches split over the data axes."""
+    """Where arrays live: parameters by rules, batches split over the data axes.
 
-    def __init__(self, mesh: Mesh, rules: Sequence[Rule] = ()):
+    **Arguments:**
+
+    - `stacks`: paths in the task of layers that are stacked along a leading axis and gathered one
+      by one: that axis `fsdp` does not take.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Sequence[Rule] = (), stacks: Sequence[str] = ()):
         for rule in rules:
-            _check_rule(rule, "`partition_rules`")
+            check_rule(rule, "`partition_rules`")
         self.mesh = mesh
         self.rules = tuple(rules)
-        self.shards = math.prod(mesh.shape.get(axis, 1) for axis in DATA_AXES)
+        self.stacks = tuple(stacks)
+        self.data_axes = tuple(axis for axis in DATA_AXES if axis in mesh.shape)
+        self.shards = math.prod(mesh.shape[axis] for axis in self.data_axes)
         single = mesh.size == 1
-        device = mesh.devices.flat[0]
-        axes = tuple(axis for axis in DATA_AXES if axis in mesh.shape)
         whole = NamedSharding(mesh, PartitionSpec())
-        split = NamedSharding(mesh, PartitionSpec(axes))
+        split = NamedSharding(mesh, PartitionSpec(self.data_axes))
+        device = mesh.devices.flat[0] if single else None
         self.replicated = SingleDeviceSharding(device) if single else whole
         self.split = SingleDeviceSharding(device) if single else split
         # Takes numpy arrays to one device in a fifth of the time of `device_put`.
         self._carry = jax.jit(list, out_shardings=self.split) if single else None
 
     def of_leaf(self, path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
-        """The sharding of one leaf of the state: that of the first rule that finds its path."""
+        """The sharding of one leaf of the state: that of the first rule that finds its path, and
+        `fsdp`, if it does too, further shards what that leaves whole.
+
+        **Raises:** `ValueError` where the mesh does not divide the leaf.
+        """
         if self.mesh.size == 1:
             return self.replicated
-        for pattern, spec in self.rules:
-            if re.search(pattern, path):
-                found = spec(shape, self.mesh) if callable(spec) else spec
+        return NamedSharding(self.mesh, self.explained(path, shape)[0])
+
+    def explained(self, path: str, shape: tuple[int, ...]) -> tuple[PartitionSpec, list[str]]:
+        """The spec of one leaf, and the patterns of the rules that made it."""
+        spec: PartitionSpec | None = None
+        patterns = []
+        for pattern, rule in self.rules:
+            if not re.search(pattern, path):
+                continue
+            if rule is fsdp:
+                further = self._further(path, shape, spec)
+                if further != (PartitionSpec() if spec is None else spec):
+                    patterns.append("fsdp")
+                spec = further
+            elif spec is None:
+                found = rule(shape, self.mesh) if callable(rule) else rule
                 if len(found) <= len(shape):
-                    sharding = NamedSharding(self.mesh, self._present(found))
-                    _check_divides(sharding, path, shape, pattern)
-                    return sharding
-        return self.replicated
+                    found = only_axes(found, self.mesh.axis_names)
+                    if self._divides(found, path, shape, pattern):
+                        spec = found
+                        patterns.append(pattern)
+        return PartitionSpec() if spec is None else spec, patterns
 
-    def _present(self, spec: PartitionSpec) -> PartitionSpec:
-        """Without the axes that this mesh lacks: what is sharded over them is whole here."""
+    def is_stacked(self, path: str) -> bool:
+        """Whether a leaf is one of stacked layers, or the optimizer's of such a one."""
+        return any(f"/{stack}/" in f"/{path}" for stack in self.stacks)
 
-        def kept(entry: Any) -> Any:
-            axes = tuple(axis for axis in spec_axes([entry]) if axis in self.mesh.shape)
-            return axes[0] if len(axes) == 1 else axes or None
+    def _further(
+        self, path: str, shape: tuple[int, ...], spec: PartitionSpec | None
+    ) -> PartitionSpec:
+        given = PartitionSpec() if spec is None else spec
+        if not (self.is_stacked(path) and shape):
+            return fsdp(shape, self.mesh, given)
+        inner = fsdp(shape[1:], self.mesh, PartitionSpec(*given[1:]))
+        return PartitionSpec(given[0] if given else None, *inner) if spec_axes(inner) else given
 
-        return PartitionSpec(*map(kept, spec))
+    def _divides(
+        self, spec: PartitionSpec, path: str, shape: tuple[int, ...], pattern: str
+    ) -> bool:
+        if divides(NamedSharding(self.mesh, spec), shape):
+            return True
+        if path.startswith("opt_state/"):
+            # Under a parameter's path, but of another shape: the factors of Adafactor.
+            return False
+        raise ValueError(
+            f"The rule `{pattern}` shards `{path}` of shape {list(shape)} as {spec} over "
+            f"the mesh {dict(self.mesh.shape)}, whose sizes do not divide it. Shard another "
+            "axis, or put a rule with `PartitionSpec()` for this leaf before it."
+        )
+
+    def check_rules(self, paths: Sequence[str]) -> None:
+        """**Raises:** `ValueError` for a rule that finds none of `paths`."""
+        for pattern, _ in self.rules:
+            if not any(re.search(pattern, path) for path in paths):
+                some = ", ".join(f"`{path}`" for path in paths[:5])
+                raise ValueError(
+                    f"The rule `{pattern}` finds no leaf: it is searched for (`re.search`) in the "
+                    f"paths of the state, such as {some}. Change it, or take it out."
+                )
+
+    def specs(self, task: PyTree) -> dict[str, PartitionSpec]:
+        """How the arrays of a task are sharded, by their paths in it."""
+        leaves = jax.tree_util.tree_flatten_with_path(task)[0]
+        return {
+            leaf_path(path): self.explained(f"task/{leaf_path(path)}", x.shape)[0]
+            for path, x in leaves
+            if hasattr(x, "shape")
+        }
+
+    def gathered(self, spec: PartitionSpec) -> PartitionSpec:
+        """`spec` without the data axes: how a parameter is sharded while it is computed with."""
+        return only_axes(spec, [axis for axis in spec_axes(spec) if axis not in DATA_AXES])
 
     def of_state(self, state: PyTree) -> list[jax.sharding.Sharding]:
         """Shardings of the array leaves of a state, in flattening order."""
