@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jaxlightning.parallel import axis_size
+
 from ._config import AlbertConfig
 
 
@@ -67,6 +69,10 @@ class Dense(eqx.Module):
         self.bias = jnp.zeros(out)
 
     def __call__(self, x: Float[Array, "*batch into"]) -> Float[Array, "*batch out"]:
+        if axis_size("context") > 1:
+            # Merged with the batch, a sequence that is sharded would have to be gathered.
+            y = x @ self.weight
+            return y + along_last(self.bias, y)
         # As one matrix: on CPU, XLA would transpose the gradients of more axes, at half the speed.
         y = x.reshape(-1, x.shape[-1]) @ self.weight
         y = y + along_last(self.bias, y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from jaxlightning import Accuracy, Mean, TaskModule
 from jaxlightning._checks import nearest
+from jaxlightning.parallel import Rule
 
 from ._config import AlbertConfig
 from ._layers import named_key
@@ -112,6 +114,8 @@ class AlbertForMaskedLM(TaskModule):
     gradient. Rows of the position and token type embeddings that no batch uses get no gradient
     either, only weight decay.
     """
+
+    independent_examples = True
 
     albert: Albert
     head: MaskedLMHead
@@ -212,6 +216,9 @@ class AlbertForMaskedLM(TaskModule):
     def configure_optimizers(self) -> optax.GradientTransformation:
         return self.recipe.build()
 
+    def partition_rules(self) -> Sequence[Rule]:
+        return (*self.albert.partition_rules(), ("head/bias", PartitionSpec("tensor")))
+
     def hyperparameters(self) -> dict[str, Any]:
         return {
             **dataclasses.asdict(self.config),
@@ -254,10 +261,14 @@ class AlbertForMaskedLM(TaskModule):
 def cross_entropy(
     logits: Float[Array, "batch some vocab"], labels: Int[Array, "batch some"]
 ) -> Float[Array, "batch some"]:
-    """The negative log likelihood of each label, in the logits' dtype."""
+    """The negative log likelihood of each label, in the logits' dtype.
+
+    The label's logit is summed out, not looked up: where logits are sharded over the vocabulary,
+    each device has some, and looking one up would gather them all.
+    """
     at = rearrange(labels, "batch some -> batch some 1")
-    chosen = jnp.take_along_axis(logits, at, axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    is_label = jax.lax.broadcasted_iota(at.dtype, logits.shape, 2) == at
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_label, logits, 0).sum(axis=-1)
 
 
 def check_tokens(tokens: Int[np.ndarray, "batch seq"], config: AlbertConfig) -> None:

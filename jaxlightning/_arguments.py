@@ -162,13 +162,14 @@ class Arguments:
                 f"`mesh` is a `Mesh`, which has its devices, so `devices={self.devices!r}` "
                 "contradicts it. Write one of them."
             )
-        if self.strategy == "fsdp":
+        if self.strategy in ("fsdp", "tensor"):
             if self.mesh is None:
-                self.mesh = {"fsdp": -1}
-            if "fsdp" not in self._axes:
+                self.mesh = {self.strategy: -1}
+            if self.strategy not in self._axes:
                 raise ValueError(
-                    f'`strategy="fsdp"` shards over the axis "fsdp", which `mesh={self.mesh}` does '
-                    'not have. Write `mesh={"fsdp": -1}`, or leave `mesh` out.'
+                    f'`strategy="{self.strategy}"` shards over the axis "{self.strategy}", which '
+                    f"`mesh={self.mesh}` does not have. Write "
+                    f'`mesh={{"{self.strategy}": -1}}`, or leave `mesh` out.'
                 )
         for pattern, spec in rules:
             for axis in () if callable(spec) else spec_axes(spec):

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from ._arguments import Arguments
 from ._callback import Bus, Callback, Checkpoint
 from ._evaluate import Evaluator
+from ._explain import Sharding, explain_sharding
 from ._fit import FitRun
 from ._schedule import Position, Schedule, describe_schedule
 from ._state import TrainState
@@ -51,6 +52,25 @@ class Facts:
         block = self._arguments.steps_per_dispatch
         plan = self._schedule.explain(steps, start, block, self._bus.needs_state)
         return describe_schedule(plan)
+
+    def explain_sharding(
+        self, task: Any, batch: PyTree | None = None, *, warn_above: int = 2**26
+    ) -> Sharding:
+        """How the state of a fit of `task` is sharded, leaf by leaf, and why: a table, as text.
+
+            print(trainer.explain_sharding(task, batch))
+
+        Nothing is computed. What callbacks add to the optimizer, such as an average, is sharded
+        as the parameters are.
+
+        **Arguments:**
+
+        - `batch`: one of the training data, or an abstract one. With it, the last line says
+          whether gradients are taken on each shard of a batch and reduced once, or why not.
+        - `warn_above`: each leaf of more bytes that is whole on several devices is warned of.
+        """
+        trainer: Any = self
+        return explain_sharding(trainer, task, batch, warn_above)
 
     @property
     def state(self) -> TrainState:

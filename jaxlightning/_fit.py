@@ -123,6 +123,7 @@ class FitRun:
         found, self.structure = jax.tree_util.tree_flatten_with_path(arrays)
         self.paths = [leaf_path(path) for path, _ in found]
         self.like: list[jax.ShapeDtypeStruct] = [leaf for _, leaf in found]
+        placement.check_rules(self.paths)
         self.shardings = placement.of_state(arrays)
         several = placement.mesh.size > 1
         self._state_shardings = self.shardings if several else None

@@ -14,6 +14,7 @@ from ._arguments import Arguments
 from ._callback import Bus, Callback, Checkpoint, overrides
 from ._checks import check_monitors, nearest
 from ._evaluate import abstract_outputs
+from ._explain import announce
 from ._fit import FitRun
 from ._importing import refuse_imported
 from ._init import TaskSource, call_configured
@@ -27,6 +28,7 @@ from ._stream import MetricStream, NoStream
 from ._task import TaskModule, trainable_spec
 from .data import Feed
 from .data._epochs import is_one_pass
+from .parallel import Placement
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -318,9 +320,25 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
             f"`{type(bus.judges[0]).__name__}` goes on after it. Remove one of the two."
         )
     run = make_run(trainer, source, given, feed)
+    if not arguments.barebones:
+        announce(run.placement, run.paths, [leaf.shape for leaf in run.like])
+    _check_divides(run.placement, feed)
     run.plan(trainer._schedule, bus.needs_state)
     check_names(trainer, run)
     return run
+
+
+def _check_divides(placement: Placement, feed: Feed) -> None:
+    """Warns of batches of which every device would compute all rows."""
+    rows = jax.tree.leaves(feed.spec)[0].shape[:1]
+    shards = placement.shards
+    if rows and rows[0] % shards:
+        more = -(-rows[0] // shards) * shards
+        warn(
+            f"The training batches have {rows[0]} rows, which the mesh {dict(placement.mesh.shape)}"
+            f" can't split into {shards} equal parts, so every device computes all of them, which "
+            f"is right but saves no time. Write `batch_size={more}`, or `devices=1`."
+        )
 
 
 def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> FitRun:

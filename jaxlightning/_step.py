@@ -65,10 +65,6 @@ def keep_where(accepted: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(one, new, old)
 
 
-def _alone(weights: Weights) -> Weights:
-    return weights
-
-
 class MicroBatches(NamedTuple):
     """The batches of one step under gradient accumulation: equal ones, then a smaller one."""
 
@@ -197,7 +193,7 @@ class TrainStep(NamedTuple):
         batch: PyTree,
         key: PRNGKeyArray,
         scale: Float[Array, ""] | None,
-        across: Across = _alone,
+        across: Across | None = None,
     ) -> tuple[PyTree, Outputs]:
         """Gradients of the loss over a batch, or over all of `MicroBatches`.
 
@@ -213,7 +209,7 @@ class TrainStep(NamedTuple):
         batch: PyTree,
         key: PRNGKeyArray,
         scale: Float[Array, ""] | None,
-        across: Across,
+        across: Across | None,
         weights: Weights | None = None,
     ) -> tuple[PyTree, Outputs]:
         """Gradients of the loss; a loss of given `weights` is one part of a larger batch's."""
@@ -221,7 +217,9 @@ class TrainStep(NamedTuple):
 
         def objective(params: PyTree) -> tuple[Shaped[Array, ""], Outputs]:
             outputs = self.outputs(params, buffers, batch, key)
-            total = across(_weights(outputs.terms)) if weights is None else weights
+            total = weights
+            if weights is None and across is not None:
+                total = across(_weights(outputs.terms))
             loss = total_loss(outputs.terms, total)
             dynamic = None if outputs.task is None else eqx.filter(outputs.task, eqx.is_array)
             return loss if scale is None else loss * scale, outputs._replace(task=dynamic)
@@ -239,7 +237,7 @@ class TrainStep(NamedTuple):
         batches: MicroBatches,
         key: PRNGKeyArray,
         scale: Float[Array, ""] | None,
-        across: Across,
+        across: Across | None,
     ) -> tuple[PyTree, Outputs]:
         """Gradients over several micro-batches, exactly as if they were one batch.
 
@@ -257,7 +255,8 @@ class TrainStep(NamedTuple):
             return {name: weights[name] + term.weight for name, term in terms.items()}
 
         zero = {name: jnp.float32(0.0) for name in like.terms}
-        weights = across(_over_micro_batches(weigh, zero, batches, key))
+        weights = _over_micro_batches(weigh, zero, batches, key)
+        weights = weights if across is None else across(weights)
 
         def accumulate(carry: Any, batch: PyTree, key: PRNGKeyArray) -> Any:
             grads, metrics, terms, dynamic = carry

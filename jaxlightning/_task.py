@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
+
+from .parallel._rules import Rule
 
 if TYPE_CHECKING:
     from ._callback import Callback
@@ -172,8 +173,15 @@ class TaskModule(eqx.Module):
         """
         return jax.tree.unflatten(jax.tree.structure(self), _trainable_flags(self))
 
-    def partition_rules(self) -> Sequence[tuple[str, PartitionSpec]]:
-        """Rules `(regex on the leaf's path, PartitionSpec)` that precede the strategy's."""
+    def partition_rules(self) -> Sequence[Rule]:
+        """Rules `(regex on the leaf's path, PartitionSpec)` that precede the strategy's.
+
+            def partition_rules(self):
+                return [("ffn/weight", PartitionSpec(None, "tensor"))]
+
+        A spec may be a function of the leaf's shape and the mesh. Axes that a run's mesh lacks are
+        left out, so the rules can stay whatever the run.
+        """
         return ()
 
     def hyperparameters(self) -> dict[str, Any]:

@@ -105,6 +105,12 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     return x if found is None else found.constrained(x, PartitionSpec(*axes))
 
 
+def axis_size(axis: str) -> int:
+    """The size of an axis of the mesh for which a task's method is traced; 1 where it has none."""
+    found = _scope.get()
+    return 1 if found is None else found.placement.mesh.shape.get(axis, 1)
+
+
 def gather_layer(layer: _T, stack: str) -> _T:
     """One layer of a stacked model with its parameters whole, inside the scan over its layers.
 
