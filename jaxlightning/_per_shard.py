@@ -92,7 +92,7 @@ def gradients_per_shard(
     found, structure = jax.tree_util.tree_flatten_with_path(arrays)
     paths = [leaf_path(path) for path, _ in found]
     leaves = [leaf for _, leaf in found]
-    outer = {path: _gathered_outside(specs[path], placement) for path in paths}
+    outer = {path: _gathered_outside(path, specs[path], placement) for path in paths}
     # A leaf that is sharded over an axis that stays automatic is gathered before: of such a one,
     # the partitioner would gather everything for the sake of a gather that is written out.
     leaves = [
@@ -157,7 +157,9 @@ def _placement(step: TrainStep) -> Placement:
     return step.placement
 
 
-def _gathered_outside(spec: PartitionSpec, placement: Placement) -> bool:
+def _gathered_outside(path: str, spec: PartitionSpec, placement: Placement) -> bool:
+    if placement.is_stacked(path):
+        return False
     axes = set(spec_axes(spec))
     return bool(axes - set(placement.data_axes)) and bool(axes & set(placement.data_axes))
 

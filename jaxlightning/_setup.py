@@ -28,7 +28,7 @@ from ._stream import MetricStream, NoStream
 from ._task import TaskModule, trainable_spec
 from .data import Feed
 from .data._epochs import is_one_pass
-from .parallel import Placement
+from .parallel import Placement, spec_axes
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -328,6 +328,18 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
     return run
 
 
+def _check_tensor_rules(task: TaskModule) -> None:
+    """**Raises:** `ValueError` where there is nothing to shard over that axis."""
+    for _, spec in task.partition_rules():
+        if callable(spec) or "tensor" in spec_axes(spec):
+            return
+    raise ValueError(
+        f'`strategy="tensor"` shards by the rules of the task, but no rule of '
+        f'`{type(task).__name__}.partition_rules` shards over the axis "tensor". Return such as '
+        '`[("ffn/weight", PartitionSpec(None, "tensor"))]` there, or write `strategy="fsdp"`.'
+    )
+
+
 def _check_divides(placement: Placement, feed: Feed) -> None:
     """Warns of batches of which every device would compute all rows."""
     rows = jax.tree.leaves(feed.spec)[0].shape[:1]
@@ -351,6 +363,8 @@ def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> Fi
 
         tx = optax.with_extra_args_support(bus.wrap_optimizer(trainer, tx))
     placement = trainer._placement_for(task)
+    if arguments.strategy == "tensor":
+        _check_tensor_rules(task)
     step = TrainStep(
         spec=trainable_spec(task),
         tx=tx,
