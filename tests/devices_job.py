@@ -3,7 +3,7 @@
     python devices_job.py TASK ACCUMULATE STEPS
 
 Prints a line of JSON for each strategy: the largest differences of losses and of parameters from
-those on one device, and the first and the last loss.
+those on one device, the first and the last loss, and the share of the state on each device.
 """
 
 import json
@@ -34,7 +34,7 @@ STRATEGIES = {
 
 def albert():
     config = AlbertConfig(
-        vocab_size=128,
+        vocab_size=136,
         embedding_size=32,
         hidden_size=32,
         num_hidden_layers=2,
@@ -59,7 +59,7 @@ def texts(count=128):
 
 TASKS = {
     "albert": (albert, texts),
-    "transformer": (Transformer, series),
+    "transformer": (lambda: Transformer(width=64), series),
     "layered": (Layered, series),
     "mlp": (Sharded, lambda: rows(128)),
 }
@@ -82,11 +82,17 @@ def run(make, data, accumulate, steps, arguments):
     )
     trained = trainer.fit(make(), DataLoader(data(), 16))
     leaves = jax.tree.leaves(eqx.filter(trained, eqx.is_inexact_array))
-    return losses.losses, list(map(np.asarray, leaves))
+    state = jax.tree.leaves((trainer.state.task, trainer.state.opt_state))
+    state = [leaf for leaf in state if eqx.is_array(leaf)]
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in state)
+    share = held / sum(leaf.nbytes for leaf in state)
+    return share, (losses.losses, list(map(np.asarray, leaves)))
 
 
 def largest(a, b):
-    return max(float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(a, b, strict=True))
+    return max(
+        float(np.abs(np.asarray(x) - np.asarray(y)).max()) for x, y in zip(a, b, strict=True)
+    )
 
 
 def main(task, accumulate, steps):
@@ -94,12 +100,12 @@ def main(task, accumulate, steps):
     for name, arguments in STRATEGIES.items():
         if name == "context" and task != "albert":
             continue
-        losses, leaves = run(*TASKS[task], int(accumulate), int(steps), arguments)
+        share, found[name] = run(*TASKS[task], int(accumulate), int(steps), arguments)
+        losses, _ = found[name]
         assert len(losses) == int(steps)
-        found[name] = losses, leaves
         differences = [largest(a, b) for a, b in zip(found[name], found["one"], strict=True)]
         first_to_last = [losses[0], losses[-1]]
-        print(json.dumps([name, *differences, *first_to_last]), flush=True)
+        print(json.dumps([name, *differences, *first_to_last, share]), flush=True)
 
 
 if __name__ == "__main__":
