@@ -13,6 +13,7 @@ from ._metrics import Metric
 from ._state import TrainState
 from ._step import MicroBatches, TrainStep, block_of_steps
 from .data import DeviceBatch
+from .parallel import placed
 
 Metrics = dict[str, Metric]
 Shapes = tuple[tuple[int, ...], ...]
@@ -122,7 +123,8 @@ class Block:
     def varying(self, window: list[DeviceBatch]) -> PyTree:
         count = len(window)
         if count not in self._counts:
-            self._counts[count] = jax.device_put(np.int32(count), _replicated(window[0].leaves[0]))
+            at = _replicated(window[0].leaves[0])
+            (self._counts[count],) = placed([np.int32(count)], [at])
         leaves = [b.leaves for b in window]
         return leaves + leaves[-1:] * (self.most - count), self._counts[count]
 

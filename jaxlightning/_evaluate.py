@@ -58,7 +58,9 @@ class EvalProgram:
         self._fresh = jax.jit(
             lambda: [jnp.int32(0), *jax.tree.leaves(empty_metrics(self.like))], **whole
         )
-        outputs_at = None if self.predicts else placement.replicated
+        # Predictions of several processes are gathered: each of them returns all.
+        apart = self.predicts and placement.replicated.is_fully_addressable
+        outputs_at = None if apart else placement.replicated
         self.program = Program(
             f"{step.stage} step",
             self._traced,

@@ -24,7 +24,7 @@ from ._schedule import Position, Schedule
 from ._state import TrainState
 from ._step import TrainStep, owns_update
 from .data import DeviceBatch, Feed
-from .parallel import Placement, leaf_path
+from .parallel import Placement, leaf_path, placed
 
 RUN_AHEAD = 4
 """Steps that may be under way on the device before the host waits."""
@@ -163,11 +163,9 @@ class FitRun:
 
     def initialise(self) -> None:
         """Builds the first state on the devices."""
-        given, key = self._source.given, self._key
-        if self.placement.mesh.size > 1:
-            given, key = jax.device_put((given, key), self.placement.replicated)
-        else:
-            given, key = jax.device_put((given, key), self.placement.mesh.devices.flat[0])
+        leaves, structure = jax.tree.flatten((self._source.given, self._key))
+        at = [self.placement.replicated] * len(leaves)
+        given, key = jax.tree.unflatten(structure, placed(leaves, at))
         self.leaves = self._init(given, key)
         self._source.given = None
 

@@ -11,8 +11,18 @@ may_be_lost = contextlib.suppress(OSError, ValueError)
 reaches `tee` too, and from then on all that is written to the pipe is an error."""
 
 
+def _is_main() -> bool:
+    """Whether this process speaks for its job: of what all of them would say, one is enough."""
+    # Not imported above: what is imported by all may import nothing.
+    from .parallel._processes import is_main
+
+    return is_main()
+
+
 def say(message: str) -> None:
-    """Prints to stderr, below a progress bar if there is one."""
+    """Prints to stderr, below a progress bar if there is one; of several processes, the first."""
+    if not _is_main():
+        return
     with may_be_lost:
         print(f"\n{message}", file=sys.stderr, flush=True)
 
@@ -29,7 +39,10 @@ _ON_THE_WAY = {"jaxlightning", "jaxtyping", "beartype", "contextlib", "threading
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warns of something, as of the user's line that led to it, such as `trainer.fit(...)`."""
+    """Warns of something, as of the user's line that led to it, such as `trainer.fit(...)`; of
+    several processes, the first."""
+    if not _is_main():
+        return
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _top_level(frame) in _ON_THE_WAY:
         frame, level = frame.f_back, level + 1

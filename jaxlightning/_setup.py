@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from ._task import TaskModule, trainable_spec
 from .data import Feed
 from .data._epochs import is_one_pass
 from .parallel import Placement, spec_axes
+from .parallel import _processes as processes
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -151,11 +153,12 @@ def refuse_switched_off(arguments: Arguments, callbacks: list[Callback]) -> None
 def make_loggers(logger: Any, root: str) -> list[Any]:
     """`True`: TensorBoard; `False`: none; a logger, or several."""
     from .loggers import Logger, TensorBoardLogger
+    from .loggers._logger import Follower
 
-    if logger is None or logger is True:
-        return [TensorBoardLogger(root)]
     if logger is False:
         return []
+    if logger is None or logger is True:
+        logger = TensorBoardLogger(root)
     loggers = list(logger) if isinstance(logger, list | tuple) else [logger]
     for one in loggers:
         if not isinstance(one, Logger):
@@ -163,7 +166,7 @@ def make_loggers(logger: Any, root: str) -> list[Any]:
                 f"`logger` has a `{type(one).__name__}`, which is no `Logger`. Write `True`, "
                 "`False`, or loggers such as `CSVLogger(save_dir)`."
             )
-    return loggers
+    return loggers if processes.is_main() else list(map(Follower, loggers))
 
 
 def bus_for(trainer: Trainer, task: TaskModule) -> Bus:
@@ -192,7 +195,9 @@ def _guards(trainer: Trainer, task: TaskModule, callbacks: list[Callback]) -> li
 
 
 def make_feed(trainer: Trainer, loader: Any, name: str, limit: int | float) -> Feed:
-    return Feed(loader, trainer._placement, name=name, limit=limit, poll=trainer._signals.poll)
+    return Feed(
+        loader, trainer._placement, name=name, limit=limit, poll=trainer._signals.poll_waiting
+    )
 
 
 def make_feeds(
@@ -326,6 +331,32 @@ def build_fit(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> F
     run.plan(trainer._schedule, bus.needs_state)
     check_names(trainer, run)
     return run
+
+
+def check_agreement(trainer: Trainer) -> None:
+    """**Raises:** `Disagreement` where processes of a job would not run the same fit."""
+    from ._checkpoint_manifest import versions
+    from ._saver import environment, fixed_configuration
+
+    if processes.count() == 1:
+        return
+    arguments = {
+        name: repr(value)
+        for name, value in dataclasses.asdict(trainer._arguments).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    parts = {
+        "argument": arguments,
+        "version of": versions(),
+        "configuration": fixed_configuration(trainer),
+        "environment": environment(trainer),
+    }
+    told = {
+        f"{part} `{name}`": json.dumps(value, default=str)
+        for part, found in parts.items()
+        for name, value in found.items()
+    }
+    processes.same_for_all("fit", told)
 
 
 def _check_tensor_rules(task: TaskModule) -> None:

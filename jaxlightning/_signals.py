@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -10,9 +11,10 @@ import threading
 import types
 from typing import Any
 
-import jax
+from jax.experimental import multihost_utils
 
 from ._say import say, say_from_handler, warn
+from .parallel import _processes as processes
 
 
 class Interrupted(BaseException):
@@ -52,6 +54,10 @@ class Signals:
     Within a run of another Trainer, whose callback evaluates something say, it is that run which
     has to be saved: on leaving, what arrived is handed to it, and `Interrupted` stays what it is.
 
+    In a job of several processes a signal may reach one of them, and all have to end at the same
+    step. There SIGTERM is JAX's, which tells the others, and `poll` asks it: no handler of Python's
+    is installed, which would keep it from noticing. SIGINT and SIGUSR1 are passed on to it.
+
     Left alone are signals that are ignored, as SIGINT is in a shell's background job; SIGUSR1 if
     it has a handler, or outside SLURM; and all of them outside the main thread, where Python
     allows no handlers.
@@ -64,6 +70,7 @@ class Signals:
         self._previous: dict[int, Any] = {}
         self._replaced: set[int] = set()
         self._outer: Signals | None = None
+        self._together = False
 
     def __enter__(self) -> Signals:
         # Not kept, or the run after an interrupted one would end at once.
@@ -72,8 +79,10 @@ class Signals:
         self._interrupts = 0 if outer is None else outer._interrupts
         self._deferring = False
         self._replaced.clear()
+        self._together = processes.count() > 1
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            mine = (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
+            for signum in mine:
                 # `None`: a handler that is not Python's, which could not be put back.
                 if signal.getsignal(signum) not in (signal.SIG_IGN, None):
                     self._previous[signum] = signal.signal(signum, self._handle)
@@ -113,6 +122,9 @@ class Signals:
         if self.received is not None:
             return
         self.received = signum
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if not self._deferring:
             raise Interrupted(signum)
         if signum == signal.SIGINT:
@@ -133,12 +145,41 @@ class Signals:
         self._deferring = True
 
     def poll(self) -> None:
-        """**Raises:** `Interrupted` once a signal has arrived."""
-        if self.received is not None:
+        """**Raises:** `Interrupted` once a signal has arrived: on all processes of a job at once,
+        which have to poll equally often."""
+        if self._together:
+            self._poll_together()
+        elif self.received is not None:
             raise Interrupted(self.received)
+
+    def poll_waiting(self) -> None:
+        """As `poll`, while waiting for data, which processes do for different times: those of a
+        job hear of a signal after that."""
+        if not self._together:
+            self.poll()
+
+    def _poll_together(self) -> None:
+        number = next(_polls)
+        if not multihost_utils.reached_preemption_sync_point(number):
+            return
+        mine = "" if self.received is None else str(int(self.received))
+        told = processes.gather(f"signal/{number}", mine)
+        self.received = max((int(s) for s in told if s), default=int(signal.SIGTERM))
+        if any(s == str(int(signal.SIGUSR1)) for s in told):
+            self.received = int(signal.SIGUSR1)
+        raise Interrupted(self.received)
 
     def check(self) -> None:
         """Warns, once for each signal, of a handler that has taken the place of ours."""
+        if self._together and signal.SIGTERM not in self._replaced:
+            handler = signal.getsignal(signal.SIGTERM)
+            if callable(handler) and handler != processes.sigterm_handler():
+                self._replaced.add(signal.SIGTERM)
+                warn(
+                    f"`{_name(handler)}` is the handler of SIGTERM, so that JAX does not hear of "
+                    "one, and a SIGTERM to a process of this job saves nothing. Install no handler "
+                    "after `jaxlightning.parallel.initialise`, or the first `Trainer`."
+                )
         for signum in self._previous.keys() - self._replaced:
             handler = signal.getsignal(signum)
             if handler != self._handle:
@@ -150,6 +191,10 @@ class Signals:
                     "it after saving, or have it call the handler it replaces, which "
                     "`signal.signal` returns.",
                 )
+
+
+_polls = itertools.count(1)
+"""Numbers that are the same on all processes, and always grow."""
 
 
 def _owner(handler: Any) -> Signals | None:
@@ -183,7 +228,7 @@ def slurm_job() -> str | None:
 def requeue(goes_on: bool) -> None:
     """Puts this SLURM job back into the queue, once for all its processes, or says why not."""
     job = slurm_job()
-    if job is None or jax.process_index() != 0:
+    if job is None or not processes.is_main():
         return
     if not goes_on:
         say(f"The SLURM job {job} was not requeued: nothing was saved, so it would start anew.")

@@ -33,7 +33,7 @@ from ._stream import MetricStream, NoStream, Numbers
 from ._task import TaskModule
 from ._weights import load_weights
 from .data import DataModule, Feed
-from .parallel import Placement, make_mesh, pick_devices, strategy_rules
+from .parallel import Placement, initialise, make_mesh, pick_devices, placed, strategy_rules
 
 _Task = TypeVar("_Task", bound=TaskModule)
 
@@ -145,6 +145,7 @@ class Trainer(Facts):
         self.default_root_dir = os.fspath(default_root_dir or os.getcwd())
         self.loggers = setting_up.make_loggers(self._arguments.logger, self.default_root_dir)
         self._default_folder = ("default_root_dir",) if logger in (None, True) else ()
+        initialise()
         self.mesh = make_mesh(pick_devices(devices), self._arguments.mesh)
         self._placement = Placement(self.mesh)
         self._compiler_options = compiler_options(deterministic, self.mesh.devices.flat[0].platform)
@@ -220,6 +221,7 @@ class Trainer(Facts):
             feed = setting_up.open_data(self)
             self._run = run = setting_up.build_fit(self, source, task, feed)
             self._stream = stream = setting_up.make_stream(self, run)
+            setting_up.check_agreement(self)
             if (
                 checkpoint is None
                 or restore(self, run, stream, checkpoint, path, allow_changes) is None
@@ -332,7 +334,7 @@ class Trainer(Facts):
                     f"`limit_{kind}_batches` is 0."
                 )
             self._eval_feeds[kind] = feeds
-            key = jax.device_put(jax.random.key(self.seed), self._placement.replicated)
+            (key,) = placed([jax.random.key(self.seed)], [self._placement.replicated])
             self._signals.defer()
             with self._stage_of(entry):
                 yield task, key
@@ -342,7 +344,7 @@ class Trainer(Facts):
         arrays, static = eqx.partition(task, eqx.is_array)
         shardings = self._placement_for(task).of_state({"task": arrays})
         leaves, structure = jax.tree.flatten(arrays)
-        return eqx.combine(jax.tree.unflatten(structure, jax.device_put(leaves, shardings)), static)
+        return eqx.combine(jax.tree.unflatten(structure, placed(leaves, shardings)), static)
 
     def _placement_for(self, task: TaskModule) -> Placement:
         strategy = strategy_rules(self._arguments.strategy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from ._checkpoint import CheckpointError, find_checkpoints
 from ._checkpoint_read import read_metadata
 from ._saver import goes_on
 from ._sensible import sensible
+from .parallel import _processes as processes
 
 if TYPE_CHECKING:
     from ._trainer import Trainer
@@ -17,7 +19,19 @@ if TYPE_CHECKING:
 
 def settle_versions(trainer: Trainer, checkpoint: Any) -> None:
     """Loggers of one folder share one version: a new one, or, where the run goes on from
-    `checkpoint`, that of the run. A version that the user has given stays."""
+    `checkpoint`, that of the run. A version that the user has given stays. Of several processes
+    the first one finds it."""
+    if processes.is_main():
+        _settle(trainer, checkpoint)
+    told = processes.share(
+        processes.next_topic("versions"), json.dumps([x.version for x in trainer.loggers])
+    )
+    if not processes.is_main():
+        for logger, version in zip(trainer.loggers, json.loads(told), strict=True):
+            logger.version = version
+
+
+def _settle(trainer: Trainer, checkpoint: Any) -> None:
     logged = _logged_by(trainer, checkpoint)
     versions: dict[tuple[str, str], Any] = {}
     for logger in trainer.loggers:

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._checkpoint_files import CheckpointError
-from . import _checkpoint, _compare, _replay
+from . import _checkpoint, _compare, _launch, _replay
 from ._runs import RunError
 from ._terminal import printable_only
 
-_COMMANDS = (_checkpoint, _compare, _replay)
+_COMMANDS = (_checkpoint, _compare, _launch, _replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, 2 where the command could not be carried out."""
-    parser = argparse.ArgumentParser(prog="jaxlightning", description="Tools for finished runs.")
+    about = "Starts runs, and looks into finished ones."
+    parser = argparse.ArgumentParser(prog="jaxlightning", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:

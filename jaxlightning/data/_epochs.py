@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._say import warn
 from . import _grain as grain
 from ._fingerprint import checksum
-from ._loader import abstract
+from ._loader import DataLoader, abstract
 
 
 class Read(NamedTuple):
@@ -29,6 +29,8 @@ class Epochs(abc.ABC):
     def __init__(self, loader: Any, name: str):
         self.loader = loader
         self.name = name
+        self.held: Callable[[int], tuple[tuple[int, int], ...]] | None = None
+        """In a job of several processes: which rows of a batch of so many this one holds."""
         self._goes_on: tuple[int, Any] = (0, None)
 
     @abc.abstractmethod
@@ -80,11 +82,21 @@ class IndexedEpochs(Epochs):
     """Of a loader that can be entered anywhere: `batches(epoch, start)`."""
 
     def first(self) -> PyTree:
-        return next(iter(self.loader.batches(0, 0)))
+        return next(self._batches(0, 0))
 
     def open(self, epoch: int, start: int) -> Generator[Read, None, None]:
-        for batch in self.loader.batches(epoch, start):
+        for batch in self._batches(epoch, start):
             yield Read(batch)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[PyTree]:
+        if self.held is not None and isinstance(self.loader, DataLoader):
+            return self.loader.held_batches(epoch, start, self.held)
+        return iter(self.loader.batches(epoch, start))
+
+    def announced(self) -> list[PyTree] | None:
+        if self.held is not None and isinstance(self.loader, DataLoader):
+            return self.loader.held_shapes(self.held)
+        return super().announced()
 
 
 class RepeatedEpochs(Epochs):

@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from jaxlightning.parallel import Placement, leaf_path
 
 from ._epochs import epochs_of, known_length
-from ._loader import abstract, check_leading_axes
+from ._loader import HeldRows, abstract, check_leading_axes
 from ._read_ahead import ReadAhead
 
 
@@ -65,6 +65,8 @@ class Feed:
         self._placement = placement
         self._poll = poll
         self._epochs = epochs_of(loader, name)
+        if not placement.replicated.is_fully_addressable:
+            self._epochs.held = placement.held_rows
         self._reader: ReadAhead | None = None
         length = known_length(loader)
         self.counted = length is not None
@@ -72,12 +74,14 @@ class Feed:
         self.length = _limited(length, limit, name)
         self._checked_shapes: set[tuple[tuple[int, ...], ...]] = set()
         first = self._first()
+        held = first if isinstance(first, HeldRows) else None
+        first = first if held is None else held.batch
         check_leading_axes(first, f"The first {name} batch")
         _check_rows(first, name)
         if not getattr(loader, "allow_nan", False):
             _refuse_nan(first, name)
         self.structure: Any = jax.tree.structure(first)
-        self.spec = abstract(first)
+        self.spec = abstract(first) if held is None else held.abstract()
         self._depth = _depth(self.spec, prefetch)
         self._resident = self._all_on_device()
 
@@ -112,6 +116,8 @@ class Feed:
         return [self._checked(batch) for batch in self.loader]
 
     def _checked(self, batch: PyTree) -> DeviceBatch:
+        held = batch if isinstance(batch, HeldRows) else None
+        batch = batch if held is None else held.batch
         leaves, structure = jax.tree.flatten(batch)
         if self.structure != structure:
             raise ValueError(
@@ -120,10 +126,15 @@ class Feed:
             )
         leaves = list(map(_own_array, leaves))
         shapes = tuple(map(np.shape, leaves))
+        if held is not None:
+            shapes = tuple((held.size, *shape[1:]) for shape in shapes)
         if shapes not in self._checked_shapes:
             check_leading_axes(batch, f"A {self.name} batch")
             self._checked_shapes.add(shapes)
-        placed = self._placement.put(leaves)
+        if held is None:
+            placed = self._placement.put(leaves)
+        else:
+            placed = self._placement.put_rows(leaves, held.rows, held.size)
         return DeviceBatch(jax.tree.unflatten(structure, placed), placed, shapes)
 
     def _read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,23 @@ from . import _fingerprint, _grain
 from ._culprit import first_failing, listed
 
 Rows = Int[np.ndarray, " rows"]
+
+
+class HeldRows(NamedTuple):
+    """The rows of a batch that this process's devices hold, one after another."""
+
+    batch: PyTree
+    rows: tuple[tuple[int, int], ...]
+    """From and to, in the whole batch."""
+    size: int
+    """Rows of the whole batch."""
+
+    def abstract(self) -> PyTree:
+        """The shapes and dtypes of the whole batch."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((self.size, *x.shape[1:]), x.dtype),
+            abstract(self.batch),
+        )
 
 
 class DataLoader:
@@ -37,7 +54,8 @@ class DataLoader:
     - `shuffle`, `seed`: whether and how to permute the rows; each epoch differently.
     - `drop_last`: whether to leave out the last, smaller batch of an epoch. By default it is
       announced to the Trainer, which compiles a program for it.
-    - `transform`: a function from batch to batch, run in the Trainer's prefetch thread.
+    - `transform`: a function from batch to batch, run in the Trainer's prefetch thread. In a job
+      of several processes it gets the rows that this one holds, and so treats each row alone.
     - `allow_nan`: whether NaN in the first batch is meant and no error.
     """
 
@@ -96,6 +114,29 @@ class DataLoader:
             rows = order[index * self.batch_size : (index + 1) * self.batch_size]
             yield self._batch(rows, f"batch {index} of epoch {epoch}")
 
+    def held_batches(
+        self, epoch: int, start: int, held: Callable[[int], tuple[tuple[int, int], ...]]
+    ) -> Iterator[HeldRows]:
+        """As `batches`, of which only the rows are read that a process holds: of a batch of so
+        many, those that `held` says."""
+        order = self.order(epoch)
+        for index in range(start, len(self)):
+            rows = order[index * self.batch_size : (index + 1) * self.batch_size]
+            mine = held(len(rows))
+            read = np.concatenate([rows[begin:end] for begin, end in mine])
+            batch = self._batch(read, f"batch {index} of epoch {epoch}")
+            yield HeldRows(batch, mine, len(rows))
+
+    def held_shapes(self, held: Callable[[int], tuple[tuple[int, int], ...]]) -> list[PyTree]:
+        """As `batch_shapes`, reading as many rows as a process holds."""
+        look = "a first look at the shapes of batches"
+        found = []
+        for size in self._sizes():
+            mine = held(size)
+            count = sum(end - begin for begin, end in mine)
+            found.append(HeldRows(self._batch(np.arange(count), look), mine, size).abstract())
+        return found
+
     def _batch(self, rows: Rows, place: str) -> PyTree:
         try:
             return self._attempt(rows)
@@ -129,12 +170,15 @@ class DataLoader:
     @property
     def batch_shapes(self) -> list[PyTree]:
         """Abstract batches, one of each shape that an epoch contains. Reads two batches."""
+        look = "a first look at the shapes of batches"
+        return [abstract(self._batch(np.arange(size), look)) for size in self._sizes()]
+
+    def _sizes(self) -> list[int]:
         sizes = [min(self.batch_size, self._rows)]
         rest = self._rows % self.batch_size
         if rest and not self.drop_last and self._rows > self.batch_size:
             sizes.append(rest)
-        look = "a first look at the shapes of batches"
-        return [abstract(self._batch(np.arange(size), look)) for size in sizes]
+        return sizes
 
     def unshuffled(self) -> DataLoader:
         """The same loader in the source's order."""

@@ -75,6 +75,33 @@ class Logger(abc.ABC):
         """The run is over: `"success"`, `"failed"` or `"interrupted"`. Logging again is allowed."""
 
 
+class Follower(Logger):
+    """What stands for a logger on processes other than the first: it is asked where that one
+    writes, and writes nothing."""
+
+    def __init__(self, of: Logger):
+        self.of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+    @property
+    def version(self) -> int | str | None:
+        return self.of.version
+
+    @version.setter
+    def version(self, version: int | str | None) -> None:
+        self.of.version = version
+
+    @property
+    def log_dir(self) -> str | None:
+        return self.of.log_dir
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None: ...
+
+    def log_metrics(self, metrics: Mapping[str, SupportsFloat], step: int) -> None: ...
+
+
 class FileLogger(Logger):
     """A logger of files in `{save_dir}/{name}/version_{version}`.
 

@@ -7,6 +7,8 @@ from ._mesh import Placement as Placement
 from ._mesh import leaf_path as leaf_path
 from ._mesh import make_mesh as make_mesh
 from ._mesh import pick_devices as pick_devices
+from ._mesh import placed as placed
+from ._processes import initialise as initialise
 from ._rules import DATA_AXES as DATA_AXES
 from ._rules import Rule as Rule
 from ._rules import fsdp as fsdp

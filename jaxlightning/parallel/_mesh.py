@@ -232,6 +232,35 @@ class Placement:
             return self.replicated
         return self.split if sizes[0] % self.shards == 0 else self.replicated
 
+    def held_rows(self, size: int) -> tuple[tuple[int, int], ...]:
+        """Which rows of a batch of `size` the devices of this process hold: from and to."""
+        if size % self.shards:
+            return ((0, size),)
+        places = self.split.addressable_devices_indices_map((size,)).values()
+        bounds = {index[0].indices(size)[:2] for index in places if index is not None}
+        return tuple(sorted(bounds))
+
+    def put_rows(
+        self, leaves: Sequence[np.ndarray], held: Sequence[tuple[int, int]], size: int
+    ) -> list[jax.Array]:
+        """A batch of `size` rows on the devices of all processes, from the rows that this one
+        holds, one after another."""
+        sharding = self.split if size % self.shards == 0 else self.replicated
+        begins = np.cumsum([0, *(stop - start for start, stop in held)]).tolist()
+
+        def global_array(leaf: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                bounds = index[0].indices(size)[:2]
+                for begin, (start, stop) in zip(begins, held, strict=False):
+                    if start <= bounds[0] and bounds[1] <= stop:
+                        return leaf[begin + bounds[0] - start : begin + bounds[1] - start]
+                raise ValueError(f"Rows {bounds} of a batch are not held here, but {held}.")
+
+            return jax.make_array_from_callback((size, *leaf.shape[1:]), sharding, part)
+
+        return list(map(global_array, leaves))
+
     def put(self, batch: PyTree) -> PyTree:
         """A batch on the devices; what is there already is left alone."""
         sharding = self.of_batch(batch)
@@ -244,7 +273,29 @@ class Placement:
                 leaf.flags.writeable = False
         if self._carry is not None and all(isinstance(leaf, np.ndarray) for leaf in leaves):
             return jax.tree.unflatten(structure, self._carry(leaves))
-        return jax.tree.unflatten(structure, jax.device_put(leaves, sharding))
+        return jax.tree.unflatten(structure, placed(leaves, [sharding] * len(leaves)))
+
+
+def placed(leaves: Sequence[Any], shardings: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
+    """Arrays on the devices of `shardings`; in a job of several processes, each of which has all
+    of them, on those of all."""
+    if all(sharding.is_fully_addressable for sharding in shardings):
+        found: list[jax.Array] = jax.device_put(list(leaves), list(shardings))
+        return found
+    # Not `device_put`: it would compare the values of all processes, on the devices.
+    return [_everywhere(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
+
+
+def _everywhere(leaf: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if not sharding.is_fully_replicated:
+            raise ValueError("PRNG keys are not sharded over processes.")
+        data = _everywhere(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _lies(leaf: Any, sharding: jax.sharding.Sharding) -> bool:
