@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from jaxtyping import PyTree
 
 from ._checkpoint_arrays import snapshot
@@ -50,6 +49,7 @@ from ._checkpoint_read import (
 )
 from ._checkpoint_save import Save, SaveFailed, export_weights, let_saves_end
 from ._say import warn
+from .parallel import _processes as processes
 
 __all__ = [
     "CheckpointDamaged",
@@ -146,13 +146,14 @@ def restore_latest(
         return None
     let_saves_end(root)
     with lock_if_free(root) as ours:
-        if ours:
+        if ours and processes.is_main():
             _recover(root)
+    processes.all_or_none(processes.next_topic("recovered"), None)
     entries, damaged = _sorted_out(root)
     for entry in filter(among, reversed(entries)):
         folder = identity(entry.path)
         try:
-            tree, metadata = read_checkpoint(entry.path, like, optional)
+            tree, metadata = _read_by_all(entry.path, like, optional)
         except CheckpointError as error:
             if identity(entry.path) != folder:  # deleted or replaced meanwhile, by a run
                 return restore_latest(root, like, among, optional)
@@ -165,6 +166,22 @@ def restore_latest(
         return Restored(tree, metadata, entry.path)
     _refuse_all_damaged(root, damaged)
     return None
+
+
+def _read_by_all(path: Path, like: PyTree, optional: Collection[str]) -> Any:
+    """As `read_checkpoint`, in all processes of a job or in none: what is damaged for one of them,
+    which reads its part only, is damaged for all."""
+    error: CheckpointError | None = None
+    try:
+        found = read_checkpoint(path, like, optional)
+    except CheckpointError as failure:
+        error = failure
+    told = processes.all_or_none(processes.next_topic("read"), error)
+    if error is not None:
+        raise error
+    if told is not None:
+        raise CheckpointDamaged(f"`{path}` can't be read by all processes: {told}")
+    return found
 
 
 def latest_checkpoint(
@@ -194,7 +211,8 @@ def _refuse_all_damaged(root: Path, damaged: dict[Path, str]) -> None:
 
 def _report(root: Path, damaged: Mapping[Path, str], used: Path) -> None:
     """Sets damaged checkpoints aside, if nobody else may be writing here, and warns of them."""
-    with lock_if_free(root) as ours:
+    with lock_if_free(root) as free:
+        ours = free and processes.is_main()
         # It may have been replaced since by a run that has ended meanwhile.
         hidden = [set_aside(path) for path in damaged if ours and _is_damaged(path)]
     warn(_damage_report(damaged, hidden, used))
@@ -245,7 +263,8 @@ def _gives_way(path: Path, to: Manifest) -> bool:
 
 
 class CheckpointStore:
-    """The one writer of a folder of checkpoints.
+    """The one writer of a folder of checkpoints: a process, or all those of a job together, which
+    then do the same with it in the same order.
 
     Makes the folder, takes its lock, and finishes or removes what a killed run left half done.
     Raises an `OSError` where the folder cannot be written, and `RunLocked`, with the pid of the
@@ -253,17 +272,24 @@ class CheckpointStore:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        if jax.process_count() > 1:
-            raise CheckpointError(
-                f"This job has {jax.process_count()} processes, and checkpoints of more than one "
-                "are not written yet. Run with one, or pass `enable_checkpointing=False`."
-            )
         self.root = Path(root).absolute()
-        check_writable(self.root)
-        self._lock: RunLock | None = RunLock(self.root)
+        self._open = True
+        self._lock: RunLock | None = None
         self._save: Save | None = None
         self._serial: int | None = None
-        _recover(self.root)
+        error: Exception | None = None
+        if processes.is_main():
+            try:
+                check_writable(self.root)
+                self._lock = RunLock(self.root)
+                _recover(self.root)
+            except (OSError, CheckpointError) as failure:
+                error = failure
+        told = processes.all_or_none(processes.next_topic("store"), error)
+        if error is not None:
+            raise error
+        if told is not None:
+            raise CheckpointError(told)
 
     def save(
         self,
@@ -313,7 +339,7 @@ class CheckpointStore:
         return self._serial
 
     def _path(self, step: int, name: str | None) -> Path:
-        if self._lock is None:
+        if not self._open:
             raise CheckpointError(
                 f"The checkpoint store of `{self.root}` is closed, and has given up its lock. "
                 "Make a new one: `CheckpointStore(root)`."
@@ -329,7 +355,8 @@ class CheckpointStore:
                 f"`{re.sub('[^A-Za-z0-9._=-]', '_', name).lstrip('._=-')[:200] or 'last'}`."
             )
         path = self.root / name
-        if path.is_symlink() or (path.exists() and not looks_like_checkpoint(path)):
+        taken = path.is_symlink() or (path.exists() and not looks_like_checkpoint(path))
+        if taken and processes.is_main():
             raise CheckpointError(
                 f"`{path}` exists and is not a checkpoint, so it is not replaced by one. Save "
                 "under another name, or move it away."
@@ -356,6 +383,7 @@ class CheckpointStore:
         try:
             self.wait()
         finally:
+            self._open = False
             if self._lock is not None:
                 self._lock.release()
                 self._lock = None
@@ -373,6 +401,8 @@ class CheckpointStore:
         the last good checkpoint is never given up for one that might not come to be.
         """
         path = Path(path).absolute()
+        if not processes.is_main():
+            return
         under_way = self._save
         mine = path.parent == self.root and looks_like_checkpoint(path)
         if not mine and (under_way is None or under_way.path != path):

@@ -30,6 +30,7 @@ from ._checkpoint_manifest import (
     StoredFile,
 )
 from .parallel._mesh import leaf_path
+from .parallel._processes import is_main
 
 
 def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
@@ -154,7 +155,7 @@ def _sent(name: str, leaf: Any) -> HostArray:
     prng = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
     if prng is not None:
         leaf = jax.random.key_data(leaf)
-    if leaf.is_fully_replicated:
+    if leaf.is_fully_replicated and leaf.is_fully_addressable:
         parts: list[Any] = [(None, leaf.addressable_data(0))]
     else:
         # Replicas are written once, in a job of several processes by the one that has the first.
@@ -179,7 +180,8 @@ def _whole(name: str, array: np.ndarray) -> HostArray:
             f"`{name}` has dtype `{dtype}`, which a checkpoint cannot hold. Numbers and booleans "
             "of a fixed size can be saved; put text into the metadata."
         )
-    return HostArray(dtype, array.shape, None, [(None, array)])
+    # What has no place on the devices is the same on all processes, and written by the first.
+    return HostArray(dtype, array.shape, None, [(None, array)] if is_main() else [])
 
 
 def on_host(leaf: Any) -> np.ndarray:

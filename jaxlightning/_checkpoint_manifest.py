@@ -224,6 +224,18 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return encoded
 
 
+def encode_part(name: str, file: StoredFile, arrays: Mapping[str, StoredArray]) -> bytes:
+    """What one of several processes says of its file to the one that writes the manifest."""
+    shards = {path: [shard._asdict() for shard in array.shards] for path, array in arrays.items()}
+    return json.dumps({"name": name, "file": file._asdict(), "shards": shards}).encode()
+
+
+def decode_part(encoded: bytes) -> tuple[str, StoredFile, dict[str, tuple[Shard, ...]]]:
+    content = json.loads(encoded)
+    shards = {path: tuple(map(_stored_shard, found)) for path, found in content["shards"].items()}
+    return content["name"], _stored_file(content["name"], content["file"]), shards
+
+
 def decode_manifest(encoded: bytes) -> Manifest:
     """Reads a manifest and believes nothing: it may come from anybody.
 

@@ -7,9 +7,10 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import math
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ._checkpoint_files import CheckpointDamaged, CheckpointError, open_folder, 
 from ._checkpoint_manifest import (
     LIMIT,
     Manifest,
+    Region,
     Shard,
     commit_of,
     decode_manifest,
@@ -121,17 +123,73 @@ class CheckpointReader(contextlib.AbstractContextManager):
             whole[tuple(slice(start, stop) for start, stop in shard.region)] = part
         return whole
 
+    def region(self, path: str, region: Region) -> np.ndarray:
+        """A part of a leaf, from the blocks of its shards that hold any of it."""
+        stored = self.manifest.arrays[path]
+        dtype = np.dtype(stored.dtype)
+        whole = np.empty([stop - start for start, stop in region], dtype)
+        for shard in stored.shards:
+            common = [
+                (max(a, c), min(b, d)) for (a, b), (c, d) in zip(region, shard.region, strict=True)
+            ]
+            if any(start >= stop for start, stop in common):
+                continue
+            rows, first = self._rows(path, shard, common, dtype)
+            from_ = [(shard.region[0][0] + first, 0), *shard.region[1:]] if common else []
+            source = tuple(
+                slice(a - o, b - o) for (a, b), (o, _) in zip(common, from_, strict=True)
+            )
+            target = tuple(
+                slice(a - o, b - o) for (a, b), (o, _) in zip(common, region, strict=True)
+            )
+            whole[target] = rows[source]
+        return whole
+
+    def _rows(
+        self, path: str, shard: Shard, common: list[tuple[int, int]], dtype: np.dtype
+    ) -> tuple[np.ndarray, int]:
+        """Those rows, along the first axis, of a shard that a part of it is in, and the number of
+        the first one in the shard."""
+        shape = [stop - start for start, stop in shard.region]
+        if not shape:
+            return self._verified_shard(path, shard).view(dtype).reshape(shape), 0
+        row = math.prod(shape[1:]) * dtype.itemsize
+        first, last = (at - shard.region[0][0] for at in common[0])
+        data = self._verified_bytes(path, shard, first * row, last * row)
+        return data.view(dtype).reshape([last - first, *shape[1:]]), first
+
+    def _verified_bytes(self, path: str, shard: Shard, begin: int, end: int) -> np.ndarray:
+        """Bytes of a shard, by reading the blocks that they are in."""
+        blocks = [(a, b, digest) for a, b, digest in shard.blocks() if a < end and b > begin]
+        if not blocks:
+            return np.empty(0, np.uint8)
+        offset = blocks[0][0]
+        data = np.empty(blocks[-1][1] - offset, np.uint8)
+        self._read_blocks(path, shard, blocks, data, offset)
+        return data[begin - offset : end - offset]
+
     def _verified_shard(self, path: str, shard: Shard) -> np.ndarray:
         data = np.empty(shard.size, np.uint8)
-        for start, stop, digest in shard.blocks():
-            block = data.data[start:stop]
+        self._read_blocks(path, shard, shard.blocks(), data, 0)
+        return data
+
+    def _read_blocks(
+        self,
+        path: str,
+        shard: Shard,
+        blocks: Iterable[tuple[int, int, str]],
+        data: np.ndarray,
+        offset: int,
+    ) -> None:
+        """Reads and verifies blocks of a shard into `data`, which begins at byte `offset` of it."""
+        for start, stop, digest in blocks:
+            block = data.data[start - offset : stop - offset]
             read = os.preadv(self._files[shard.file], [block], shard.offset + start)
             if read != stop - start or hashlib.sha256(block).hexdigest() != digest:
                 raise self._damaged(
                     f"bytes {shard.offset + start} to {shard.offset + stop} of `{shard.file}`, "
                     f"which belong to `{path}`, do not match their checksum"
                 )
-        return data
 
     def arrays(self, paths: Sequence[str]) -> list[np.ndarray]:
         """Several leaves, read and verified by as many threads as there are cores."""
@@ -215,8 +273,7 @@ def read_checkpoint(
         leaves = dict(named)
         specs = {path: leaf for path, leaf in wanted if is_spec(leaf)}
         for group in reader.groups(list(specs)):
-            arrays = dict(zip(group, reader.arrays(group), strict=True))
-            leaves |= _placed(arrays, specs, reader.manifest)
+            leaves |= _placed(reader, group, specs)
         structure = jax.tree.structure(like)
         return jax.tree.unflatten(structure, list(leaves.values())), dict(reader.manifest.metadata)
 
@@ -246,11 +303,14 @@ def is_spec(leaf: Any) -> bool:
 
 
 def _placed(
-    arrays: Mapping[str, np.ndarray], specs: Mapping[str, Any], manifest: Manifest
+    reader: CheckpointReader, paths: Sequence[str], specs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arrays, each where its spec lives."""
     placed: dict[str, Any] = {}
     by_devices: dict[Any, list[str]] = {}
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        read = list(pool.map(lambda path: _read(reader, path, specs[path]), paths))
+    arrays = dict(zip(paths, read, strict=True))
     for path, array in arrays.items():
         if isinstance(specs[path], np.ndarray):
             placed[path] = array
@@ -259,13 +319,47 @@ def _placed(
         else:
             sharding = _sharding(specs[path])
             by_devices.setdefault(sharding and frozenset(sharding.device_set), []).append(path)
-    for paths in by_devices.values():
-        shardings = [_sharding(specs[path]) for path in paths]
-        owned = _owned(jax.device_put([arrays[path] for path in paths], shardings), shardings)
-        for path, leaf in zip(paths, owned, strict=True):
-            key = manifest.arrays[path].prng
+    for group in by_devices.values():
+        shardings = [_sharding(specs[path]) for path in group]
+        there = [
+            array if isinstance(array, jax.Array) else jax.device_put(array, sharding)
+            for array, sharding in zip((arrays[path] for path in group), shardings, strict=True)
+        ]
+        for path, leaf in zip(group, _owned(there, shardings), strict=True):
+            key = reader.manifest.arrays[path].prng
             placed[path] = leaf if key is None else jax.random.wrap_key_data(leaf, impl=key)
     return placed
+
+
+def _read(reader: CheckpointReader, path: str, spec: Any) -> np.ndarray | jax.Array:
+    """A leaf on the host; or, where it goes in parts to several devices, there: of what is stored,
+    only that is read which is in the parts of this process's devices, each part once."""
+    if not _is_sharded(spec):
+        return reader.array(path)
+    parts: dict[Region, np.ndarray] = {}
+    shape = reader.manifest.arrays[path].shape
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        region = tuple(
+            cut.indices(length)[:2] for cut, length in zip(index or (), shape, strict=True)
+        )
+        if region not in parts:
+            parts[region] = reader.region(path, region)
+        return parts[region]
+
+    sharding = _sharding(spec)
+    assert sharding is not None
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _is_sharded(spec: Any) -> bool:
+    """Whether a leaf goes in parts to several devices, or to those of several processes."""
+    if isinstance(spec, np.ndarray | np.generic):
+        return False
+    sharding = _sharding(spec)
+    return sharding is not None and not (
+        sharding.is_fully_replicated and sharding.is_fully_addressable
+    )
 
 
 def _sharding(spec: jax.Array | jax.ShapeDtypeStruct) -> jax.sharding.Sharding | None:

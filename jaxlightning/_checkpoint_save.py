@@ -14,8 +14,10 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from ._checkpoint_arrays import (
@@ -41,12 +43,19 @@ from ._checkpoint_files import (
 from ._checkpoint_manifest import (
     DTYPES,
     Manifest,
+    StoredArray,
+    StoredFile,
     commit_of,
     decode_manifest,
+    decode_part,
     encode_manifest,
+    encode_part,
     now,
     versions,
 )
+from .parallel import _processes as processes
+
+_T = TypeVar("_T")
 
 
 class SaveFailed(CheckpointError):
@@ -68,6 +77,7 @@ class Save:
         before_commit: Sequence[Callable[[], Any]],
     ):
         self.path = path
+        self._topic = processes.next_topic("save")
         self._process = os.getpid()
         self._before_commit = before_commit
         self._step = step
@@ -149,7 +159,7 @@ class Save:
         self._snapshot = None
         with self._deciding:
             deletions, self._deletions = self._deletions or [], None
-        for path in deletions if self._failure is None else []:
+        for path in deletions if self._failure is None and processes.is_main() else []:
             try:
                 discard(path)
             except OSError as error:
@@ -165,44 +175,87 @@ class Save:
         self._failure.__cause__ = error
 
     def _write(self) -> None:
-        assert self._snapshot is not None
-        arrays, scalars = self._snapshot.arrays(), self._snapshot.scalars()
-        sha256 = _beside(lambda: checksums(arrays))
-        # A process of a larger job would write the file of its own number.
-        file = ArrayFile("arrays-00000-of-00001.safetensors", arrays)
-        written = aside(self.path, TEMPORARY)
+        """Each process of a job writes a file of what it holds; the first one makes a checkpoint of
+        them, once all are written."""
+        written = self.path.parent / processes.share(
+            f"{self._topic}/folder", aside(self.path, TEMPORARY).name
+        )
         try:
-            written.mkdir()
-            with open(written / file.name, "xb", buffering=2**20) as stream:
-                stream.write(file.header)
-                for chunk in file.chunks:
-                    self._check_abandoned()
-                    stream.write(chunk)
-                stream.flush()
-                os.fsync(stream.fileno())
-            stored, index = file.described(sha256())
-            manifest = encode_manifest(
-                Manifest(
-                    name=self.path.name,
-                    step=self._step,
-                    serial=self._next_serial(),
-                    saved_at=now(),
-                    versions=versions(),
-                    files={file.name: stored},
-                    arrays=index,
-                    scalars=scalars,
-                    metadata=self._metadata,
-                )
-            )
-            decode_manifest(manifest)  # raises, where nobody could read it
-            write_durably(written / "manifest.json", manifest)
-            write_durably(written / "COMMIT", commit_of(manifest))
-            sync_folder(written)
-            self._check_abandoned()
-            publish(written, self.path)
+            self._together("made", lambda: written.mkdir() if processes.is_main() else None)
+            stored, index = self._together("written", lambda: self._write_arrays(written))
+            commits = lambda: self._commit(written, stored, index)
+            self._together("committed", commits if processes.is_main() else lambda: None)
         except BaseException:
-            shutil.rmtree(written, ignore_errors=True)
+            if processes.is_main():
+                shutil.rmtree(written, ignore_errors=True)
             raise
+
+    def _together(self, what: str, do: Callable[[], _T]) -> _T:
+        """Does something that has to succeed on all processes."""
+        error: BaseException | None = None
+        try:
+            found = do()
+        except BaseException as failure:
+            error = failure
+        told = processes.all_or_none(f"{self._topic}/{what}", error)
+        if error is not None:
+            raise error
+        if told is not None:
+            raise CheckpointError(told)
+        return found
+
+    def _write_arrays(self, written: Path) -> tuple[StoredFile, dict[str, StoredArray]]:
+        assert self._snapshot is not None
+        arrays = self._snapshot.arrays()
+        sha256 = _beside(lambda: checksums(arrays))
+        me, count = processes.index(), processes.count()
+        file = ArrayFile(f"arrays-{me:05d}-of-{count:05d}.safetensors", arrays)
+        with open(written / file.name, "xb", buffering=2**20) as stream:
+            stream.write(file.header)
+            for chunk in file.chunks:
+                self._check_abandoned()
+                stream.write(chunk)
+            stream.flush()
+            os.fsync(stream.fileno())
+        stored, index = file.described(sha256())
+        if me:
+            write_durably(written / _part(me), encode_part(file.name, stored, index))
+        return stored, index
+
+    def _commit(self, written: Path, stored: StoredFile, index: dict[str, StoredArray]) -> None:
+        assert self._snapshot is not None
+        files = {f"arrays-00000-of-{processes.count():05d}.safetensors": stored}
+        for other in range(1, processes.count()):
+            name, file, shards = decode_part((written / _part(other)).read_bytes())
+            files[name] = file
+            index = {
+                path: array._replace(shards=(*array.shards, *shards[path]))
+                for path, array in index.items()
+            }
+            (written / _part(other)).unlink()
+        manifest = encode_manifest(
+            Manifest(
+                name=self.path.name,
+                step=self._step,
+                serial=self._next_serial(),
+                saved_at=now(),
+                versions=versions(),
+                files=files,
+                arrays=index,
+                scalars=self._snapshot.scalars(),
+                metadata=self._metadata,
+            )
+        )
+        decode_manifest(manifest)  # raises, where nobody could read it
+        write_durably(written / "manifest.json", manifest)
+        write_durably(written / "COMMIT", commit_of(manifest))
+        sync_folder(written)
+        self._check_abandoned()
+        publish(written, self.path)
+
+
+def _part(process: int) -> str:
+    return f"part-{process:05d}.json"
 
 
 def _beside(work: Callable[[], Checksums]) -> Callable[[], Checksums]:
@@ -275,6 +328,14 @@ def _end_worker() -> None:
 # Weights alone
 
 
+def _gathered(leaf: Any) -> Any:
+    """A leaf that this process can see all of; all processes of a job ask for it together."""
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return leaf
+    whole = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())  # type: ignore[attr-defined]
+    return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(leaf))
+
+
 def export_weights(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Writes the arrays of a tree to one safetensors file, named by their leaf paths, for other
     programs to read; a file of that name is replaced.
@@ -289,7 +350,9 @@ def export_weights(path: str | os.PathLike[str], tree: PyTree) -> None:
                 f"`{name}` has dtype `{leaf.dtype}`, which a safetensors file cannot hold. Cast "
                 "it, or leave it out: `eqx.filter(tree, eqx.is_inexact_array)`."
             )
-    host = {name: on_host(leaf) for name, leaf in arrays.items()}
+    host = {name: on_host(_gathered(leaf)) for name, leaf in arrays.items()}
+    if not processes.is_main():
+        return
     tensors = {name: (array.dtype.name, array.shape, array.nbytes) for name, array in host.items()}
     # "pt" is what other libraries ask for before they read a file.
     header = safetensors_header(tensors, {"format": "pt"})

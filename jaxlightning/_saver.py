@@ -21,6 +21,7 @@ from ._endings import run_all
 from ._say import say
 from ._signals import Interrupted
 from .data._iterator_state import encode_state
+from .parallel import _processes as processes
 
 if TYPE_CHECKING:
     from ._fit import FitRun
@@ -313,6 +314,8 @@ def _save_here(trainer: Trainer, stop: Interrupted) -> None:
 def exception_saves(trainer: Trainer) -> list[Callable[[], Any]]:
     """What saves what callbacks want to have of a fit that failed, whatever else failed."""
     signals, saver = trainer._signals, trainer._saver
+    if processes.count() > 1:  # The others know nothing of it, and saving takes all of them.
+        return []
     if trainer._stage_entry != "fit" or not signals.deferring or signals.stopped_at_once:
         return []
     asks = partial(trainer._bus.on_checkpoint, trainer, "exception")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-import time
 import types
 from collections import deque
 from collections.abc import Sequence
@@ -17,6 +17,9 @@ from typing import IO, Any
 
 from ..parallel._processes import COORDINATOR, PROCESS, PROCESSES, free_port
 from ._runs import RunError
+
+_INTERRUPTED = {128 + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+"""Exit codes of a run that was saved and ended because a signal asked for it."""
 
 TOLD = 20
 """Lines of a failed process's stderr that are shown again at the end."""
@@ -148,22 +151,31 @@ class Job:
 
     def _wait(self) -> int | None:
         """Until all have ended; the number of the one that failed first."""
-        failed, deadline = None, float("inf")
-        while any(child.poll() is None for child in self._children):
-            codes = [child.poll() for child in self._children]
-            bad = [number for number, code in enumerate(codes) if code not in (None, 0)]
-            if bad and failed is None:
-                failed, deadline = bad[0], time.monotonic() + self._grace
-                if self._signalled is None and codes[failed] != 128 + signal.SIGTERM:
+        ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        def wait(number: int) -> None:
+            self._children[number].wait()
+            ended.put(number)
+
+        # In the order of their ends: others fail because one has.
+        for number in range(len(self._children)):
+            threading.Thread(target=wait, args=(number,), daemon=True).start()
+        failed: int | None = None
+        patience: float | None = None
+        for _ in self._children:
+            try:
+                number = ended.get(timeout=patience)
+            except queue.Empty:
+                self._kill()
+                patience = None
+                number = ended.get()
+            code = self._children[number].returncode
+            if code and failed is None:
+                failed, patience = number, self._grace
+                if self._signalled is None and code not in _INTERRUPTED:
                     for child in self._children:
                         if child.poll() is None:
                             child.terminate()
-            if time.monotonic() > deadline:
-                self._kill()
-            time.sleep(0.05)
-        if failed is None:
-            codes = [child.returncode for child in self._children]
-            failed = next((number for number, code in enumerate(codes) if code), None)
         return failed
 
     def _kill(self) -> None:
@@ -172,9 +184,10 @@ class Job:
                 child.kill()
 
     def _report(self, failed: int) -> int:
+        codes = {child.returncode for child in self._children}
         code = self._children[failed].returncode
-        if code == 128 + signal.SIGTERM and self._signalled is not None:
-            return 128 + self._signalled
+        if len(codes) == 1 and code in _INTERRUPTED:  # All of them, at the same step.
+            return code if self._signalled is None else 128 + self._signalled
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         print(
             f"\njaxlightning: process {failed} {how}, the first of {len(self._children)} to fail; "

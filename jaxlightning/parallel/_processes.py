@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,8 @@ def initialise() -> None:
     if arguments is None:
         return
     start, heartbeat = _seconds(START_TIMEOUT_S, 120), _seconds(HEARTBEAT_TIMEOUT_S, 30)
+    if arguments.get("process_id"):
+        _wait_for(arguments["coordinator_address"], start)
     try:
         jax.distributed.initialize(
             **arguments, initialization_timeout=start, heartbeat_timeout_seconds=heartbeat
@@ -73,13 +76,31 @@ def initialise() -> None:
                 "initialise; initialise()`."
             ) from error
         where = arguments.get("coordinator_address", "the coordinator")
-        raise RuntimeError(
-            f"This process did not get to the others of its job within {start} s: it looked for "
-            f"process 0 at `{where}`. See that all of them were started, with the same address and "
-            f"number of processes, and that this port can be reached. ({error})"
-        ) from error
+        raise RuntimeError(_unreached(where, start, error)) from error
     sigterm_handler()
     sys.excepthook = _end_at_once
+
+
+def _wait_for(address: str, timeout: int) -> None:
+    """Returns when somebody listens there: JAX would end this process without an error to read."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(_unreached(address, timeout, error)) from error
+        time.sleep(0.05)
+
+
+def _unreached(address: str, timeout: int, why: Exception) -> str:
+    return (
+        f"This process did not get to the others of its job within {timeout} s: it looked for "
+        f"process 0 at `{address}`. See that all of them were started, with the same address and "
+        f"number of processes, and that this port can be reached. ({why})"
+    )
 
 
 def _end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
