@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from jaxlightning import Callback, Trainer, load_weights
-from jaxlightning._flops import device_peak, matmul_peak
+from jaxlightning._flops import matmul_peak
+from jaxlightning._hardware import device_peak
 from jaxlightning.callbacks import (
     EarlyStopping,
     LearningRateMonitor,

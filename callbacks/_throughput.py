@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxlightning._callback import Callback
-from jaxlightning._flops import analyse_flops, device_peak, matmul_peak
+from jaxlightning._flops import analyse_flops, matmul_peak
+from jaxlightning._hardware import device_peak
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer

@@ -277,36 +277,6 @@ def _scoped(function: Callable[..., Any], scope: str) -> Callable[..., Any]:
 
 # Peak
 
-_PEAKS = {
-    r"TPU v2": (22.5e12, 22.5e12),
-    r"TPU v3": (61.5e12, 61.5e12),
-    r"TPU v4": (275e12, 275e12),
-    r"TPU v5( lite|e)": (197e12, 197e12),
-    r"TPU v5p?": (459e12, 459e12),
-    r"TPU v6( lite|e)": (918e12, 918e12),
-    r".*V100.*": (125e12, 15.7e12),
-    r".*\bT4": (65e12, 8.1e12),
-    r".*\bA10": (125e12, 62.5e12),
-    r".*\bL4": (121e12, 60.5e12),
-    r".*\bL40S": (362e12, 181e12),
-    r".*A100.*": (312e12, 156e12),
-    r".*H100 PCIe.*": (756e12, 378e12),
-    r".*(H100.*HBM3|H200).*": (989e12, 494.5e12),
-    r".*\bB200.*": (2250e12, 1125e12),
-}
-"""Dense FLOPs a second of a JAX device by its `device_kind`, from the vendors' data sheets: in half
-precision, and in float32 at JAX's default precision (bfloat16 passes on TPUs, TF32 on GPUs that
-have it)."""
-
-
-def device_peak(kind: str, dtype: DTypeLike) -> float | None:
-    """The published peak of a device of this `device_kind` in FLOPs a second; `None` if we know
-    none, in which case `matmul_peak` measures one."""
-    for pattern, (half, single) in _PEAKS.items():
-        if re.fullmatch(pattern, kind):
-            return half if jnp.dtype(dtype).itemsize == 2 else single
-    return None
-
 
 def matmul_peak(
     n: int | None = None, dtype: DTypeLike = jnp.float32, *, repeats: int = 7, chain: int = 4

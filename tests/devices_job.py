@@ -1,6 +1,6 @@
 """Runs of several tasks on 8 virtual devices, each compared with the run on one.
 
-    python devices_job.py TASK ACCUMULATE STEPS
+    JAX_NUM_CPU_DEVICES=8 python devices_job.py TASK ACCUMULATE STEPS
 
 Prints a line of JSON for each strategy: the largest differences of losses and of parameters from
 those on one device, the first and the last loss, and the share of the state on each device.
@@ -9,18 +9,14 @@ those on one device, the first and the last loss, and the share of the state on 
 import json
 import sys
 
+import equinox as eqx
 import jax
+import numpy as np
+from stacked import Layered, Sharded, Transformer, series
+from tasks import quiet, rows
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
-
-import equinox as eqx  # noqa: E402
-import numpy as np  # noqa: E402
-from stacked import Layered, Sharded, Transformer, series  # noqa: E402
-from tasks import quiet, rows  # noqa: E402
-
-from albert_task import AlbertConfig, AlbertForMaskedLM  # noqa: E402
-from jaxlightning import Callback, DataLoader  # noqa: E402
+from albert_task import AlbertConfig, AlbertForMaskedLM
+from jaxlightning import Callback, DataLoader
 
 STRATEGIES = {
     "one": {"devices": 1},

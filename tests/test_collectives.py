@@ -99,6 +99,23 @@ ENTRY %main.1 (p: f32[2,3]) -> f32[8,3] {
     assert (reduce.bytes, reduce.group) == (96, 2)
 
 
+def test_groups_by_the_axes_of_a_mesh():
+    text = """HloModule m
+
+ENTRY %main.1 (p: f32[2,3]) -> f32[32,3] {
+  %p = f32[2,3]{1,0} parameter(0)
+  ROOT %g = f32[32,3]{1,0} all-gather(%p), replica_groups=GROUPS, dimensions={0}
+}
+"""
+    for groups, size in (
+        ("mesh['axis_0'=16,'axis_1'=64] {'axis_0'}", 16),
+        ("mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a','b'}", 32),
+        ("mesh['a'=4,'b'=8] {'b':(2)4}", 4),
+    ):
+        (found,) = collectives(text.replace("GROUPS", groups))
+        assert found.group == size
+
+
 def test_bytes_of_small_numbers():
     assert Array("pred", (3,)).bytes == 3
     assert Array("bf16", (3,)).bytes == 6

@@ -49,7 +49,7 @@ def test_eight_devices_equal_one_over_50_steps(task, accumulate):
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {name: rest for name, *rest in map(json.loads, done.stdout.splitlines())}

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlightning._flops import analyse_flops, count_flops, device_peak, mark_parts, matmul_peak
+from jaxlightning._flops import analyse_flops, count_flops, mark_parts, matmul_peak
+from jaxlightning._hardware import device_peak
 
 
 def spec(*shape):

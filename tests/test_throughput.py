@@ -9,7 +9,7 @@ import pytest
 from jaxlightning.callbacks._throughput import peak_of  # type: ignore[import-not-found]
 from steps import Regression, batches, quiet_trainer  # type: ignore[import-not-found]
 
-from jaxlightning._flops import device_peak
+from jaxlightning._hardware import device_peak
 from jaxlightning._precision import Precision
 from jaxlightning.callbacks import ThroughputMonitor, _throughput
 

@@ -165,7 +165,13 @@ def _bits(dtype: str) -> int:
 
 
 def _group(line: str) -> int:
-    """The size of the groups, of `replica_groups={{0,1},{2,3}}` or `[2,2]<=[4]`."""
+    """The size of the groups, of `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]`, or
+    `mesh['a'=2,'b'=2] {'b'}`."""
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
+    if named:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named.group(2))
+        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return len(listed.group(1).split(","))

@@ -47,9 +47,12 @@ _KEEPS_KEYS = {
     "random_fold_in",
     "reshape",
     "select_n",
+    "rev",
     "slice",
+    "split",
     "squeeze",
     "transpose",
+    "unstack",
 }
 """What may be done with keys without drawing from them."""
 
