@@ -108,7 +108,7 @@ def read_again(trainer: Trainer, batches: StepBatches | None) -> list[DeviceBatc
         raise Unavailable(f"the loader is {kind}, which gives its batches once")
     enters = has_batches(feed.loader) or isinstance(feed.loader, list | tuple)
     start = batches.first if enters else 0
-    with contextlib.closing(feed.epoch(batches.epoch, start)) as epoch:  # type: ignore[type-var]
+    with contextlib.closing(feed.epoch(batches.epoch, start)) as epoch:
         found = list(islice(epoch, batches.first - start, batches.stop - start))
     if len(found) < batches.stop - batches.first:
         raise Unavailable(f"the loader, {kind}, gives fewer this time")

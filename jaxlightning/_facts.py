@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,6 +20,9 @@ from ._state import TrainState
 from ._stream import Numbers
 from ._task import TaskModule
 from .data import Feed
+
+if TYPE_CHECKING:
+    from ._plan import Plan
 
 
 class Facts:
@@ -71,6 +75,35 @@ class Facts:
         """
         trainer: Any = self
         return explain_sharding(trainer, task, batch, warn_above)
+
+    def plan(
+        self,
+        task: Any,
+        batch: PyTree,
+        *,
+        mesh: Mapping[str, int] | None = None,
+        device: str | Any = None,
+    ) -> Plan:
+        """What a step of `task` needs and takes, on devices that need not be there.
+
+            print(trainer.plan(task, batch, mesh={"data": 64, "fsdp": 16}, device="h100"))
+
+        Memory by part and whether it fits, FLOPs, collectives, an estimate of the time, and what
+        would help. The step is compiled for virtual CPU devices, and nothing is computed.
+
+        **Arguments:**
+
+        - `task`: as in `fit`; for a large one a function `key -> task`, which is not run.
+        - `batch`: a global batch, or an abstract one: `jax.ShapeDtypeStruct`s.
+        - `mesh`: the sizes of all axes; by default those of the trainer's.
+        - `device`: such as `"h100"`, `"a100-80g"` or `"tpu-v5p"`, or a `Hardware`.
+
+        **Raises:** `ValueError` for a batch that the mesh does not divide, or an unknown device.
+        """
+        from ._plan import plan
+
+        trainer: Any = self
+        return plan(trainer, task, batch, mesh, device)
 
     @property
     def state(self) -> TrainState:

@@ -68,7 +68,7 @@ class FitRun:
         source: TaskSource,
         step: TrainStep,
         placement: Placement,
-        feed: Feed,
+        feed: Any,
         key: PRNGKeyArray,
         counts_skipped: bool,
         accumulate: int = 1,

@@ -88,7 +88,8 @@ def gradients_per_shard(
     placement = _placement(step)
     mesh, axes = placement.mesh, placement.data_axes
     specs = placement.specs(task)
-    arrays, static = eqx.partition(task, eqx.is_array)
+    # Gathered in the dtype they are computed in.
+    arrays, static = eqx.partition(cast_task(task, step.precision.compute), eqx.is_array)
     found, structure = jax.tree_util.tree_flatten_with_path(arrays)
     paths = [leaf_path(path) for path, _ in found]
     leaves = [leaf for _, leaf in found]
@@ -113,10 +114,7 @@ def gradients_per_shard(
         leaves: list[Array], batch: PyTree, data: Array, scale: Float[Array, ""] | None
     ) -> tuple[list[Array], dict[str, Metric]]:
         with scope(placement, specs, per_shard=True):
-            # Gathered in the dtype they are computed in.
-            mine = cast_task(
-                eqx.combine(jax.tree.unflatten(structure, leaves), static), step.precision.compute
-            )
+            mine = eqx.combine(jax.tree.unflatten(structure, leaves), static)
             full = jax.tree_util.tree_map_with_path(
                 lambda path, x: _full(x, leaf_path(path), manual, placement), mine
             )

@@ -27,7 +27,7 @@ from ._sources import Loaders, first_batches
 from ._step import EvalStep, TrainStep, owns_update
 from ._stream import MetricStream, NoStream
 from ._task import TaskModule, trainable_spec
-from .data import Feed
+from .data import DataLoader, Feed
 from .data._epochs import is_one_pass
 from .parallel import Placement, spec_axes
 from .parallel import _processes as processes
@@ -217,6 +217,8 @@ def fit_loaders(trainer: Trainer) -> tuple[Any, Loaders]:
     """The training loader and those of validation."""
     overfit = trainer._arguments.overfit_batches
     train = trainer._sources.train()
+    if isinstance(train, DataLoader) and train.is_auto:
+        _settle_batch_size(trainer, train)
     if not overfit:
         loaders = trainer._sources.loaders("val")
         for loader in loaders.values():
@@ -230,6 +232,15 @@ def fit_loaders(trainer: Trainer) -> tuple[Any, Loaders]:
     batches = first_batches(train, overfit)
     validates = bool(trainer._sources.loaders("val"))
     return batches, {"": batches} if validates else {}
+
+
+def _settle_batch_size(trainer: Trainer, loader: DataLoader) -> None:
+    from .tuning import batch_size
+
+    most = max(min(loader.rows, 2**16), trainer._placement.shards)
+    found = batch_size(trainer, trainer._fitted, loader.row(), most=most)
+    # Processes may have different memory to spare.
+    loader.settle(int(processes.share(processes.next_topic("batch size"), str(found))))
 
 
 def open_data(trainer: Trainer) -> Feed:
@@ -384,8 +395,16 @@ def _check_divides(placement: Placement, feed: Feed) -> None:
         )
 
 
-def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> FitRun:
-    """The step of a fit, and what it needs. `given` is the task, or the function that makes it."""
+def make_run(
+    trainer: Trainer,
+    source: TaskSource,
+    given: Any,
+    feed: Any,
+    placement: Placement | None = None,
+) -> FitRun:
+    """The step of a fit, and what it needs. `given` is the task, or the function that makes it;
+    `feed` is a `Feed`, or what stands for one; `placement` is by default on the trainer's
+    devices."""
     arguments, bus, task = trainer._arguments, trainer._bus, source.task
     concrete = given if isinstance(given, TaskModule) else task
     tx = call_configured(lambda: task_optimizer(concrete), task, "configure_optimizers")
@@ -393,7 +412,7 @@ def make_run(trainer: Trainer, source: TaskSource, given: Any, feed: Feed) -> Fi
         import optax
 
         tx = optax.with_extra_args_support(bus.wrap_optimizer(trainer, tx))
-    placement = trainer._placement_for(task)
+    placement = trainer._placement_for(task) if placement is None else placement
     if arguments.strategy == "tensor":
         _check_tensor_rules(task)
     step = TrainStep(

@@ -183,7 +183,9 @@ class TrainStep(NamedTuple):
                 return gradients_per_shard(self, own, task, batch, key, scale)
             except NotByRows:
                 pass  # `explain_sharding` says why. As exact, and reduced more often.
-        with gathered(self.placement, task) as (task, scattered):
+        # Gathered in the dtype they are computed in.
+        cast_first = cast_task(task, self.precision.compute)
+        with gathered(self.placement, cast_first) as (task, scattered):
             grads, outputs = self.gradients(task, batch, key, scale)
         return scattered(grads), outputs
 

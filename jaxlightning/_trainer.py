@@ -169,6 +169,7 @@ class Trainer(Facts):
         self.should_stop = False
         self.stop_reason: str | None = None
         self._remembered_stop: str | None = None
+        self._fitted: Any = None
         self.batch_idx = 0
         self.callback_metrics: Numbers = {}
         self.logged_metrics: Numbers = {}
@@ -215,6 +216,7 @@ class Trainer(Facts):
             )
         source = TaskSource(task)
         self._begin_fit()
+        self._fitted = task
         with entered(self, "fit", sources, source.task, checkpoint):
             reserve(self, make=False)
             path = None if checkpoint is None else go_back(self, checkpoint)
@@ -346,10 +348,10 @@ class Trainer(Facts):
         leaves, structure = jax.tree.flatten(arrays)
         return eqx.combine(jax.tree.unflatten(structure, placed(leaves, shardings)), static)
 
-    def _placement_for(self, task: TaskModule) -> Placement:
+    def _placement_for(self, task: TaskModule, mesh: Mesh | None = None) -> Placement:
         strategy = strategy_rules(self._arguments.strategy)
         rules = [*task.partition_rules(), *strategy]
-        return Placement(self.mesh, rules, task.gathered_in_scan)
+        return Placement(mesh or self.mesh, rules, task.gathered_in_scan)
 
     # The parts of a fit
 

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 from .. import __version__
 from .._checkpoint_files import CheckpointError
-from . import _checkpoint, _compare, _launch, _replay
+from . import _checkpoint, _compare, _launch, _plan, _replay
 from ._runs import RunError
 from ._terminal import printable_only
 
-_COMMANDS = (_checkpoint, _compare, _launch, _replay)
+_COMMANDS = (_checkpoint, _compare, _launch, _plan, _replay)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -50,7 +50,8 @@ class DataLoader:
     - `source`: a pytree of arrays with equal leading axes, which may be memory-mapped; or a
       map-style `datasets.Dataset`; or a `TokenFile`; or anything else with `__len__` whose
       `__getitem__` takes an array of row numbers and returns a batch.
-    - `batch_size`: rows in a batch, over all devices.
+    - `batch_size`: rows in a batch, over all devices; `"auto"`: for training, as many as fit, found
+      by `tuning.batch_size` when the fit begins. To resume such a run, write the number it found.
     - `shuffle`, `seed`: whether and how to permute the rows; each epoch differently.
     - `drop_last`: whether to leave out the last, smaller batch of an epoch. By default it is
       announced to the Trainer, which compiles a program for it.
@@ -62,7 +63,7 @@ class DataLoader:
     def __init__(
         self,
         source: Any,
-        batch_size: int,
+        batch_size: int | str,
         *,
         shuffle: bool = False,
         seed: int = 0,
@@ -70,12 +71,15 @@ class DataLoader:
         transform: Callable[[PyTree], PyTree] | None = None,
         allow_nan: bool = False,
     ):
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"`batch_size={batch_size!r}` has to be a positive integer.")
+        is_number = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if batch_size != "auto" and not (is_number and int(batch_size) > 0):
+            raise ValueError(
+                f'`batch_size={batch_size!r}` has to be a positive integer, or "auto".'
+            )
         if not isinstance(seed, int) or seed < 0:
             raise ValueError(f"`seed={seed!r}` has to be an integer of at least 0.")
         self.source = source
-        self.batch_size = batch_size
+        self._batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.drop_last = drop_last
@@ -86,11 +90,42 @@ class DataLoader:
         self._transform_fingerprint = described(transform)
         if self._rows == 0:
             raise ValueError("The `source` of this `DataLoader` is empty: it has no rows.")
-        if len(self) == 0:
+        if batch_size != "auto" and len(self) == 0:
             raise ValueError(
                 f"A `source` of {self._rows} rows gives no batch of {batch_size} with "
                 "`drop_last=True`. Make `batch_size` smaller, or write `drop_last=False`."
             )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch.
+
+        **Raises:** `ValueError` for `"auto"`, which a fit has not settled yet.
+        """
+        if isinstance(self._batch_size, str):
+            raise ValueError(
+                '`DataLoader(batch_size="auto")` is settled by `Trainer.fit`, for training data '
+                "only. Write a number, or ask for one: `jaxlightning.tuning.batch_size(...)`."
+            )
+        return self._batch_size
+
+    @property
+    def rows(self) -> int:
+        """Those of the source."""
+        return self._rows
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the batch size is still to be found."""
+        return self._batch_size == "auto"
+
+    def settle(self, batch_size: int) -> None:
+        """Gives a loader with `batch_size="auto"` the size that was found."""
+        self._batch_size = batch_size
+
+    def row(self) -> PyTree:
+        """A batch of the source's first row."""
+        return self._batch(np.arange(1), "a first look at a row")
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -184,7 +219,7 @@ class DataLoader:
         """The same loader in the source's order."""
         return DataLoader(
             self.source,
-            self.batch_size,
+            self._batch_size,
             seed=self.seed,
             drop_last=self.drop_last,
             transform=self.transform,
