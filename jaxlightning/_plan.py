@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 
+MOST_DEVICES = 2048
+"""XLA's client for CPUs takes more to be those of other processes."""
+
+
 class Talk(NamedTuple):
     """All collectives of a kind in a step."""
 
@@ -182,6 +186,12 @@ def plan(
                 "as positive integers: there are no devices that could tell what -1 is."
             )
     count = math.prod(shape.values())
+    if count > MOST_DEVICES:
+        raise ValueError(
+            f"The mesh {shape} has {count:,} devices, and {MOST_DEVICES:,} is the most that can be "
+            "planned. What each device holds and computes does not depend on `data`, as long as "
+            "it has as many rows: divide `data` and the rows of the batch by the same number."
+        )
     placement = trainer._placement_for(
         abstract_task(task), make_mesh(virtual_devices(count), shape)
     )

@@ -179,6 +179,7 @@ def test_the_table_and_what_would_help():
         ({"mesh": {"data": 3}}, "The batch of 8 rows can't be split into 3 equal parts"),
         ({"mesh": {"data": -1}}, "got the size -1 for the axis `data`"),
         ({"mesh": {"date": 2}}, "unknown axis `date`"),
+        ({"mesh": {"data": 4096}}, "has 4,096 devices, and 2,048 is the most that can be planned"),
         ({"device": "h10"}, "`device='h10'` is unknown. Did you mean"),
     ],
 )
