@@ -361,8 +361,8 @@ def _as_gathered(found: list[Collective], dtype: Any) -> list[Collective]:
 
 
 def _seconds(c: Collective, known: Hardware) -> float:
-    """Of a ring through its devices; groups of more than a node go over the network."""
-    link = known.link if c.group <= known.node else known.network
+    """Of a ring through its devices; groups that reach beyond a node go over the network."""
+    link = known.link if c.span <= known.node else known.network
     return c.moved * (c.times or 1) / link
 
 
@@ -392,7 +392,7 @@ def _estimated(precision: Any, known: Hardware | None) -> tuple[str, ...]:
     if known is not None:
         told.append(
             "Times are bounds by the vendor's peaks. Collectives are rings, not overlapped with "
-            "anything; groups larger than a node run at the network's speed."
+            "anything; groups that reach beyond a node run at the network's speed."
         )
     return tuple(told)
 

@@ -79,7 +79,7 @@ class Trainer(Facts):
     **Devices**
 
     - `devices`: `"auto"` or -1 (all), a count, or a list of devices or of their indices.
-    - `mesh`: sizes of axes, `"data"`, `"fsdp"`, `"context"`, `"tensor"`: `{"data": -1}`; or a `Mesh`.
+    - `mesh`: sizes of `"data"`, `"fsdp"`, `"context"`, `"tensor"`: `{"data": -1}`; or a `Mesh`.
     - `strategy`: `"auto"` (what the mesh's axes ask for), `"ddp"`, `"fsdp"`, `"tensor"` (the task's
       rules), or rules `(regex on a leaf's path, PartitionSpec)`. See `explain_sharding`, `plan`.
 

@@ -107,13 +107,19 @@ ENTRY %main.1 (p: f32[2,3]) -> f32[32,3] {
   ROOT %g = f32[32,3]{1,0} all-gather(%p), replica_groups=GROUPS, dimensions={0}
 }
 """
-    for groups, size in (
-        ("mesh['axis_0'=16,'axis_1'=64] {'axis_0'}", 16),
-        ("mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a','b'}", 32),
-        ("mesh['a'=4,'b'=8] {'b':(2)4}", 4),
+    for groups, size, span in (
+        ("mesh['axis_0'=16,'axis_1'=64] {'axis_0'}", 16, 15 * 64 + 1),
+        ("mesh['axis_0'=16,'axis_1'=64] {'axis_1'}", 64, 64),
+        ("mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a','b'}", 32, 32),
+        ("mesh['a'=4,'b'=8], device_ids=([8,4]T(1,0)) {'a'}", 4, 4),
+        ("mesh['a'=4,'b'=8] {'b':(2)4}", 4, 4),
+        ("mesh['a'=4,'b'=8] {'b':(1)2}", 2, 5),
+        ("[4,8]<=[32]", 8, 8),
+        ("[4,8]<=[8,4]T(1,0)", 8, 29),
+        ("{{0,2,4},{1,3,5}}", 3, 5),
     ):
         (found,) = collectives(text.replace("GROUPS", groups))
-        assert found.group == size
+        assert (found.group, found.span) == (size, span), groups
 
 
 def test_bytes_of_small_numbers():

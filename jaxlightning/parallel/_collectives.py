@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -33,6 +34,9 @@ class Collective(NamedTuple):
     """Its results on a device."""
     group: int
     """How many devices take part in each; 0 where the text does not say."""
+    span: int
+    """Over how many devices, in their order, such a group reaches: more than a node has, and it
+    goes over the network."""
     in_loop: bool
     """Whether it is in the body or the condition of a `while`."""
     times: int | None
@@ -80,11 +84,13 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
                 ]  # A start gives its operands back, then results.
             if kind == "collective-permute":
                 arrays = arrays[:1]
+            group, span = _group(line)
             found.append(
                 Collective(
                     kind=kind,
                     arrays=tuple(arrays),
-                    group=_group(line),
+                    group=group,
+                    span=span,
                     in_loop=name in looped,
                     times=times.get(name, 1),
                 )
@@ -101,6 +107,10 @@ _CALLED = re.compile(
     r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\((\[[\d,]+\])(T\([\d,]+\))?\))? \{([^}]*)\}"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -164,19 +174,45 @@ def _bits(dtype: str) -> int:
     return int(digits.group()) if digits else 32
 
 
-def _group(line: str) -> int:
-    """The size of the groups, of `replica_groups={{0,1},{2,3}}`, `[2,2]<=[4]`, or
-    `mesh['a'=2,'b'=2] {'b'}`."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", line)
-    if named:
-        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named.group(2))
-        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
+def _group(line: str) -> tuple[int, int]:
+    """The size of the groups, and over how many neighbouring devices one reaches, of
+    `replica_groups={{0,1},{2,3}}`, `[2,2]<=[2,2]T(1,0)`, or `mesh['a'=2,'b'=2] {'b'}`."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
-        return len(listed.group(1).split(","))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-    return int(iota.group(1)) if iota else 0
+        return _size_and_span(np.array([int(n) for n in listed.group(1).split(",") if n]))
+    iota = re.search(r"replica_groups=(\[[\d,]+\])<=(\[[\d,]+\])(T\([\d,]+\))?", line)
+    if iota:
+        return _size_and_span(_ordered(*iota.groups()[1:]).reshape(_numbers(iota.group(1)))[0])
+    named = _MESH.search(line)
+    if named is None:
+        return 0, 0
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+    devices = _ordered(named.group(2) or f"[{math.prod(sizes.values())}]", named.group(3))
+    grid = devices.reshape(list(sizes.values()))
+    for axis, within in re.findall(r"'(\w+)'(?::(\(\d+\)\d+))?", named.group(4)):
+        if within:  # A part of an axis: of so many steps, after so many in front of it.
+            before, size = map(int, re.findall(r"\d+", within))
+            number = list(sizes).index(axis)
+            inner = grid.shape[number] // before // size
+            grid = np.take(grid, np.arange(size) * inner, axis=number)
+    of_group = {axis for axis, _ in re.findall(r"'(\w+)'(:)?", named.group(4))}
+    first = tuple(slice(None) if axis in of_group else 0 for axis in sizes)
+    return _size_and_span(grid[first].ravel())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _ordered(shape: str, permutation: str | None) -> np.ndarray:
+    """Devices in the order that `[2,4]T(1,0)` stands for."""
+    sizes = _numbers(shape)
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return (devices.transpose(_numbers(permutation)) if permutation else devices).ravel()
+
+
+def _size_and_span(devices: np.ndarray) -> tuple[int, int]:
+    return (devices.size, int(devices.max() - devices.min()) + 1) if devices.size else (0, 0)
 
 
 def total_bytes(found: Sequence[Collective], kind: str | None = None) -> int:
