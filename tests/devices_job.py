@@ -1,6 +1,6 @@
 """Runs of several tasks on 8 virtual devices, each compared with the run on one.
 
-    JAX_NUM_CPU_DEVICES=8 python devices_job.py TASK ACCUMULATE STEPS
+    JAX_NUM_CPU_DEVICES=8 python devices_job.py TASK ACCUMULATE STEPS [STRATEGY ...]
 
 Prints a line of JSON for each strategy: the largest differences of losses and of parameters from
 those on one device, the first and the last loss, and the share of the state on each device.
@@ -91,9 +91,11 @@ def largest(a, b):
     )
 
 
-def main(task, accumulate, steps):
+def main(task, accumulate, steps, *strategies):
     found = {}
     for name, arguments in STRATEGIES.items():
+        if name not in ("one", *(strategies or STRATEGIES)):
+            continue
         if name == "context" and task != "albert":
             continue
         share, found[name] = run(*TASKS[task], int(accumulate), int(steps), arguments)

@@ -15,7 +15,7 @@ from jaxlightning._plan import peak_bytes
 
 def main():
     data = {k: v[:32] for k, v in texts().items()}
-    for mesh in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    for mesh in ({"data": 2, "fsdp": 2, "tensor": 2},):
         trainer = quiet(max_steps=1, devices="auto", mesh=mesh, strategy="fsdp")
         trainer.fit(albert(), DataLoader(data, 32))
         (program,) = trainer._run.program._compiled.values()

@@ -54,7 +54,7 @@ def test_eight_devices_are_planned_exactly():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 2
+    assert len(lines) == 1
     for held, planned in lines:
         assert planned == held
 
@@ -72,7 +72,8 @@ plan = trainer.plan(
     mesh={"data": 64, "fsdp": 16},
     device="h100",
 )
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with open("/proc/self/status") as status:  # `ru_maxrss` would be the parent's, if that is more
+    peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 print(json.dumps(plan.as_dict() | {"rss": peak, "cpu": sum(resource.getrusage(0)[:2])}))
 """
 
@@ -115,7 +116,11 @@ def test_xxlarge_on_1024_devices_is_planned_on_a_laptop():
 
 def test_flops_are_those_of_the_formula_whatever_the_mesh():
     config = AlbertConfig(
-        vocab_size=256, hidden_size=64, num_attention_heads=4, intermediate_size=128
+        vocab_size=256,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
     )
     for mesh in ({"data": 1}, {"data": 8}, {"fsdp": 4, "tensor": 2}):
         plan = quiet(strategy="auto").plan(albert(config), tokens(16, 32), mesh=mesh)
@@ -123,7 +128,7 @@ def test_flops_are_those_of_the_formula_whatever_the_mesh():
 
 
 def test_flops_and_collectives_are_counted_in_scans():
-    task = Transformer(layers=6)
+    task = Transformer(layers=3)
     plan = quiet(accumulate_grad_batches=4).plan(
         task, {k: v[:8] for k, v in series().items()}, mesh={"data": 4}
     )

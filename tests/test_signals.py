@@ -5,15 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from jobs import JOB, environment
 from tasks import Classifier, quiet, rows
 
-from jaxlightning import DataLoader, DataModule
+from jaxlightning import DataLoader, DataModule, _signals
 from jaxlightning._checkpoint import find_checkpoints
 from jaxlightning.callbacks import LambdaCallback, ModelCheckpoint
-from jaxlightning.parallel import _processes
 
 
 def send(name):
@@ -312,7 +312,8 @@ def test_a_job_that_would_start_anew_is_not_requeued(tmp_path, slurm, capfd):
 
 def test_only_the_first_process_requeues(tmp_path, slurm, monkeypatch):
     calls = slurm()
-    of_another = lambda: monkeypatch.setattr(_processes, "index", lambda: 1)
+    another = SimpleNamespace(is_main=lambda: False, count=lambda: 1)
+    of_another = lambda: monkeypatch.setattr(_signals, "processes", another)
     strikes = on_step(3, lambda: (of_another(), send("SIGUSR1")))
     with pytest.raises(SystemExit):
         fit(tmp_path, strikes)
