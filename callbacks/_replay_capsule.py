@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jaxlightning._callback import Callback, Checkpoint
 from jaxlightning._endings import note
+from jaxlightning.parallel import _processes as processes
 
 from ._non_finite import NonFiniteSteps
 
@@ -55,7 +56,13 @@ class ReplayCapsule(Callback):
         self.path = None
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """**Raises:** `ValueError` where a resume would take a capsule for a checkpoint."""
+        """**Raises:** `ValueError` where a resume would take a capsule for a checkpoint, and in a
+        job of several processes."""
+        if processes.count() > 1:
+            raise ValueError(
+                "`ReplayCapsule` keeps the state and batch of a run of one process, and this job "
+                f"has {processes.count()}. Take it out; `SkipNonFinite` names the batches."
+            )
         for callback in trainer.callbacks:
             taken = getattr(callback, "dirpath", None)
             if isinstance(callback, Checkpoint) and taken == str(self._folder(trainer)):

@@ -65,6 +65,7 @@ __all__ = [
     "find_checkpoints",
     "latest_checkpoint",
     "load_arrays",
+    "read_by_all",
     "read_checkpoint",
     "read_metadata",
     "restore_latest",
@@ -153,7 +154,7 @@ def restore_latest(
     for entry in filter(among, reversed(entries)):
         folder = identity(entry.path)
         try:
-            tree, metadata = _read_by_all(entry.path, like, optional)
+            tree, metadata = read_by_all(entry.path, like, optional)
         except CheckpointError as error:
             if identity(entry.path) != folder:  # deleted or replaced meanwhile, by a run
                 return restore_latest(root, like, among, optional)
@@ -168,7 +169,9 @@ def restore_latest(
     return None
 
 
-def _read_by_all(path: Path, like: PyTree, optional: Collection[str]) -> Any:
+def read_by_all(
+    path: Path, like: PyTree, optional: Collection[str] = ()
+) -> tuple[PyTree, dict[str, Any]]:
     """As `read_checkpoint`, in all processes of a job or in none: what is damaged for one of them,
     which reads its part only, is damaged for all."""
     error: CheckpointError | None = None

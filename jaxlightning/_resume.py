@@ -9,10 +9,16 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from ._checkpoint import Entry, find_checkpoints, latest_checkpoint, restore_latest
+from ._checkpoint import (
+    Entry,
+    find_checkpoints,
+    latest_checkpoint,
+    read_by_all,
+    restore_latest,
+)
 from ._checkpoint_manifest import typed
 from ._checkpoint_manifest import versions as package_versions
-from ._checkpoint_read import read_checkpoint, read_manifest, read_metadata
+from ._checkpoint_read import read_manifest, read_metadata
 from ._configuration import differences
 from ._saver import checkpoint_folder, checkpoint_folders, environment, fixed_configuration, goes_on
 from ._say import say, warn
@@ -187,7 +193,7 @@ def restore(
             _check_unchanged(trainer, path, allow_changes)
     else:
         assert path is not None
-        tree, metadata = read_checkpoint(path, like, optional)
+        tree, metadata = read_by_all(path, like, optional)
     bus = trainer._bus
     bus.on_load_checkpoint(trainer, metadata)
     anew = run.take_back(tree)

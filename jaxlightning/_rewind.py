@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_checkpoint
+from ._checkpoint import CheckpointDamaged, Entry, find_checkpoints, read_by_all
 from ._resume import resume_loggers
 from ._saver import checkpoint_folder, checkpoint_folders, fixed_configuration
 from ._say import say, warn
@@ -102,7 +102,7 @@ def _newest_intact(
     order = lambda entry: (entry.step, entry.path.parent == home, entry.serial)
     for entry in sorted(fitting, key=order, reverse=True):
         try:
-            tree, metadata = read_checkpoint(entry.path, run.abstract_state())
+            tree, metadata = read_by_all(entry.path, run.abstract_state())
         except CheckpointDamaged as error:
             warn(f"A damaged checkpoint is passed over: {error}")
         else:

@@ -351,6 +351,8 @@ def check_agreement(trainer: Trainer) -> None:
 
     if processes.count() == 1:
         return
+    # By it, checkpoints of this run are told from others.
+    trainer._run.id = processes.share(processes.next_topic("run"), trainer._run.id)
     arguments = {
         name: repr(value)
         for name, value in dataclasses.asdict(trainer._arguments).items()

@@ -3,8 +3,9 @@
     python processes_job.py FOLDER OPTIONS
 
 OPTIONS is JSON: `steps`, `mesh`, `resume`, `apart` (steps that later processes would take
-more), and `strike`: [step, process, what], which happens to one process after a step. Writes what
-each process saw to `FOLDER/process-N.json`.
+more), `rewinds` (whether the run goes back after step 7), and `strike`: [step, process, what],
+which happens to one process after a step. Writes what each process saw to
+`FOLDER/process-N.json`.
 """
 
 import json
@@ -42,11 +43,14 @@ class Counted:
 class Watch(Callback):
     """Remembers losses, and strikes."""
 
-    def __init__(self, strike):
-        self.strike, self.losses = strike, []
+    def __init__(self, strike, rewinds):
+        self.strike, self.rewinds, self.losses = strike, rewinds, []
 
     def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
+        if self.rewinds and trainer.global_step == 7:
+            self.rewinds = False
+            trainer.rewind(4, "It was asked for.")
         if self.strike and self.strike[:2] == [trainer.global_step, index()]:
             what = self.strike[2]
             if what == "raise":
@@ -56,7 +60,7 @@ class Watch(Callback):
 
 def main(folder, options):
     folder = Path(folder)
-    watch, source = Watch(options.get("strike")), Counted(rows(96))
+    watch, source = Watch(options.get("strike"), options.get("rewinds")), Counted(rows(96))
     trainer = Trainer(
         max_steps=options.get("steps", 12) + (options.get("apart", 0) if index() else 0),
         strategy="fsdp",

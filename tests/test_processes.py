@@ -11,8 +11,9 @@ import numpy as np
 import processes_job
 import pytest
 
-from jaxlightning import cli
+from jaxlightning import Trainer, cli
 from jaxlightning._checkpoint import find_checkpoints, verify_checkpoint
+from jaxlightning.callbacks import ReplayCapsule
 from jaxlightning.cli._launch import environment
 from jaxlightning.cli._runs import RunError
 from jaxlightning.parallel import _processes as processes
@@ -96,6 +97,23 @@ def test_four_processes_go_on_from_one(tmp_path, one):
         np.testing.assert_allclose(process["losses"], one["losses"][4:], rtol=1e-5)
         # Its rows of the eight batches that were left, and two looks at how batches are shaped.
         assert sum(map(len, process["read"])) == 4 * (8 + 2)
+
+
+@pytest.mark.slow
+def test_processes_go_back_together(tmp_path):
+    done, seen = launch(tmp_path / "run", {"rewinds": True})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "[0] It was asked for. Went back 3 steps to step 4" in done.stderr
+    one = alone(tmp_path / "one", {"rewinds": True})
+    assert len(one["losses"]) == 15
+    for process in seen:
+        np.testing.assert_allclose(process["losses"], one["losses"], rtol=1e-5)
+
+
+def test_a_capsule_is_of_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(ValueError, match=r"`ReplayCapsule` keeps the state .* and this job has 2"):
+        ReplayCapsule(tmp_path).on_fit_start(Trainer(logger=False))
 
 
 def test_sigterm_to_one_saves_the_same_step_on_all(tmp_path):

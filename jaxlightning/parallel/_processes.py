@@ -46,6 +46,7 @@ def initialise() -> None:
 
     Process 0 listens on the address of the coordinator only, or on the one in
     `JAXLIGHTNING_COORDINATOR_BIND`: whoever reaches it can read and write what processes agree on.
+    Where JAX finds the job by itself it listens everywhere, unless that variable is set.
     `JAXLIGHTNING_START_TIMEOUT_S` (120) bounds the wait for all to come; a process that is not
     heard of for `JAXLIGHTNING_HEARTBEAT_TIMEOUT_S` (30) ends the job.
 
@@ -53,9 +54,13 @@ def initialise() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    arguments = _of_variables() or _of_cluster()
+    arguments = _of_variables()
     if arguments is None:
-        return
+        arguments = _of_cluster()
+        if arguments is None:
+            return
+        if os.environ.get(BIND):
+            arguments["coordinator_bind_address"] = os.environ[BIND]
     start, heartbeat = _seconds(START_TIMEOUT_S, 120), _seconds(HEARTBEAT_TIMEOUT_S, 30)
     if arguments.get("process_id"):
         _wait_for(arguments["coordinator_address"], start)
