@@ -278,6 +278,10 @@ def same_for_all(name: str, ours: dict[str, str]) -> None:
     texts = gather(next_topic(name), lines)
     if len(set(texts)) == 1:
         return
+    with contextlib.suppress(Disagreement):
+        gather(
+            next_topic(f"{name}/told"), ""
+        )  # or the first to end would take the word from others
     parts = [dict(line.split(": ", 1) for line in text.splitlines()) for text in texts]
     apart = [key for key in sorted(set().union(*parts)) if len({p.get(key) for p in parts}) > 1]
     told = "".join(
