@@ -127,3 +127,17 @@ def test_bytes_of_small_numbers():
     assert Array("bf16", (3,)).bytes == 6
     assert Array("s4", (3,)).bytes == 2
     assert Array("f8e4m3fn", (3,)).bytes == 3
+
+
+def test_a_permute_counts_once_asynchronous_or_not():
+    pairs = "source_target_pairs={{0,1},{1,0}}"
+    text = f"""HloModule m
+
+ENTRY %main.1 (p: f32[2,3]) -> f32[8,3] {{
+  %p = f32[2,3]{{1,0}} parameter(0)
+  %s = (f32[2,3]{{1,0}}, f32[2,3]{{1,0}}, u32[], u32[]) collective-permute-start(%p), {pairs}
+  %d = f32[2,3]{{1,0}} collective-permute-done(%s)
+  %n = f32[2,3]{{1,0}} collective-permute(%p), {pairs}
+}}
+"""
+    assert [(c.kind, c.bytes) for c in collectives(text)] == [("collective-permute", 24)] * 2

@@ -78,12 +78,11 @@ def collectives(program: jax.stages.Compiled | str) -> list[Collective]:
                 continue
             kind, asynchronous = match["kind"], match["start"] is not None
             arrays = list(_arrays(match["type"]))
-            if asynchronous and len(arrays) > 1 and kind != "all-reduce":
-                arrays = arrays[
-                    len(arrays) // 2 :
-                ]  # A start gives its operands back, then results.
-            if kind == "collective-permute":
-                arrays = arrays[:1]
+            if kind == "collective-permute":  # A start: operand, result, and two contexts.
+                arrays = arrays[1:2] if asynchronous and len(arrays) > 1 else arrays[:1]
+            elif asynchronous and len(arrays) > 1 and kind != "all-reduce":
+                # A start gives its operands back, then results.
+                arrays = arrays[len(arrays) // 2 :]
             group, span = _group(line)
             found.append(
                 Collective(
