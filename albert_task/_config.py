@@ -15,6 +15,16 @@ PresetName = Literal["tiny", "small", "base", "large", "xlarge", "xxlarge"]
 
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "swish", "tanh")
 
+ATTENTIONS = ("auto", "xla", "cudnn")
+REMATS = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
+EXECUTION = ("attention", "remat", "scan_layers")
+"""Fields that say how the model is computed, not what it is: no part of a saved model."""
+
 _PRESETS: dict[str, dict[str, int]] = {
     "tiny": dict(
         vocab_size=512,
@@ -91,6 +101,16 @@ class AlbertConfig:
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_id: int = 3
+    attention: str = "auto"
+    """How attention is computed: `"xla"`, `"cudnn"` (flash attention, 16 bits, on NVIDIA GPUs), or
+    `"auto"`, cuDNN's where it can be used and XLA's elsewhere."""
+    remat: str = "none"
+    """What a layer keeps for the backward pass, which computes the rest again: all of it with
+    `"none"`, else what the policy of that name in `jax.checkpoint_policies` says, such as
+    `"dots_with_no_batch_dims_saveable"`. On CPU that takes `scan_layers` to have an effect."""
+    scan_layers: bool = False
+    """Whether the layers of a group are one loop in the program, which compiles sooner, or
+    written out, which XLA can fuse across."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -125,6 +145,13 @@ class AlbertConfig:
                 f"`hidden_act={self.hidden_act!r}` is unknown; it is one of "
                 f"{', '.join(map(repr, ACTIVATIONS))}.{nearest(self.hidden_act, ACTIVATIONS)}"
             )
+        for name, known in (("attention", ATTENTIONS), ("remat", REMATS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"`{name}={value!r}` is unknown; it is one of "
+                    f"{', '.join(map(repr, known))}.{nearest(str(value), known)}"
+                )
         if self.position_embedding_type != "absolute":
             raise ValueError(
                 f"`position_embedding_type={self.position_embedding_type!r}` is not supported: "
@@ -197,8 +224,9 @@ class AlbertConfig:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and `model_type`: what Hugging Face's `config.json` needs."""
-        return {"model_type": "albert", **dataclasses.asdict(self)}
+        """The architecture's fields, and `model_type`: what Hugging Face's `config.json` needs."""
+        fields = dataclasses.asdict(self)
+        return {"model_type": "albert"} | {k: v for k, v in fields.items() if k not in EXECUTION}
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> AlbertConfig:

@@ -111,3 +111,10 @@ def activation(name: str) -> Callable[[Array], Array]:
         "swish": jax.nn.silu,
         "tanh": jnp.tanh,
     }[name]
+
+
+def rematerialised(function: Callable[..., Array], policy: str) -> Callable[..., Array]:
+    """`function`, whose backward pass keeps what `AlbertConfig.remat` says."""
+    if policy == "none":
+        return function
+    return jax.checkpoint(function, policy=getattr(jax.checkpoint_policies, policy))

@@ -7,21 +7,30 @@ Hugging Face's checkpoints use.
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxlightning.parallel import DATA_AXES, Rule, constrain
 
+from ._attention import attend
 from ._config import AlbertConfig
-from ._layers import Dense, LayerNorm, activation, along_last, dropped, initial, named_key
+from ._layers import (
+    Dense,
+    LayerNorm,
+    activation,
+    along_last,
+    dropped,
+    initial,
+    named_key,
+    rematerialised,
+)
 
 
 class Embeddings(eqx.Module):
@@ -80,6 +89,7 @@ class Attention(eqx.Module):
     probs_dropout: eqx.nn.Dropout
     dropout: eqx.nn.Dropout
     heads: int = eqx.field(static=True)
+    implementation: str = eqx.field(static=True)
 
     def __init__(self, config: AlbertConfig, *, key: PRNGKeyArray):
         def dense(name: str) -> Dense:
@@ -94,6 +104,7 @@ class Attention(eqx.Module):
         self.probs_dropout = eqx.nn.Dropout(config.attention_probs_dropout_prob)
         self.dropout = eqx.nn.Dropout(config.hidden_dropout_prob)
         self.heads = config.num_attention_heads
+        self.implementation = config.attention
 
     def __call__(
         self,
@@ -102,19 +113,11 @@ class Attention(eqx.Module):
         key: PRNGKeyArray | None,
     ) -> Float[Array, "batch seq hidden"]:
         q, k, v = (
-            rearrange(part(x), "batch seq (head dim) -> batch head seq dim", head=self.heads)
+            rearrange(part(x), "batch seq (head dim) -> batch seq head dim", head=self.heads)
             for part in (self.query, self.key, self.value)
         )
-        q = q * np.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
-        # Written out: on CPU as fast as `jax.nn.dot_product_attention`, which has no dropout.
-        scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-        if mask is not None:
-            # Not -inf: a position that sees nothing, such as padding, must not become NaN.
-            scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-        probs = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        probs = dropped(self.probs_dropout, probs, key, "attention_probs")
-        y = jnp.einsum("bhqk,bhkd->bhqd", probs, v)
-        y = self.output(rearrange(y, "batch head seq dim -> batch seq (head dim)"))
+        y = attend(q, k, v, mask, self.probs_dropout, key, self.implementation)
+        y = self.output(rearrange(y, "batch seq head dim -> batch seq (head dim)"))
         return self.norm(x + dropped(self.dropout, y, key, "attention_output"))
 
 
@@ -214,14 +217,51 @@ class Albert(eqx.Module):
             mask = rearrange(mask, "batch seq -> batch 1 seq")
         x = self.mapping(self.embeddings(tokens, token_types, positions, key))
         x = constrain(x, DATA_AXES, "context")
-        # Unrolled: the same in `lax.scan` took 17 % more time and 40 % more memory in training
-        # on CPU (4 layers), and here gradients of shared weights are reduced once, not a layer
-        # at a time, on several devices. Compiling grows with depth, but takes seconds still.
-        for number, group in enumerate(self.config.layer_groups):
-            for inner, layer in enumerate(self.groups[group]):
-                own = None if key is None else named_key(key, f"{number} {inner}")
-                x = constrain(layer(x, mask, own), DATA_AXES, "context")
+        for number, run in self._runs():
+            x = self._run(x, mask, number, run, key)
         return x
+
+    def _runs(self) -> list[tuple[int, list[int]]]:
+        """Groups, and the layers by number that use them one after the other: all of a group's,
+        to be one loop of the program, or each on its own."""
+        # Unrolled by default: training in `lax.scan` took 17 % more time and 40 % more memory on
+        # CPU (4 layers, nothing rematerialised), and here gradients of shared weights are reduced
+        # once, not a layer at a time. Compiling grows with depth, but takes seconds still.
+        numbered = list(enumerate(self.config.layer_groups))
+        if not self.config.scan_layers:
+            return [(group, [number]) for number, group in numbered]
+        return [
+            (group, [number for number, _ in run])
+            for group, run in itertools.groupby(numbered, key=lambda pair: pair[1])
+        ]
+
+    def _run(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        mask: Bool[Array, "batch from seq"] | None,
+        number: int,
+        numbers: list[int],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "batch seq hidden"]:
+        """The layers `numbers`, all with the weights of the group `number`."""
+        layers = self.groups[number]
+
+        def group(x: Array, keys: Sequence[PRNGKeyArray | None]) -> Array:
+            for layer, own in zip(layers, keys, strict=True):
+                x = constrain(layer(x, mask, own), DATA_AXES, "context")
+            return x
+
+        def keys(inner: int) -> list[PRNGKeyArray]:
+            assert key is not None
+            return [named_key(key, f"{number} {inner}") for number in numbers]
+
+        group = rematerialised(group, self.config.remat)
+        drawn = [None if key is None else keys(inner) for inner in range(len(layers))]
+        if len(numbers) == 1:
+            return group(x, [None if of is None else of[0] for of in drawn])
+        stacked = [None if of is None else jnp.stack(of) for of in drawn]
+        body = lambda x, keys: (group(x, keys), None)
+        return jax.lax.scan(body, x, stacked, length=len(numbers))[0]
 
     def partition_rules(self) -> Sequence[Rule]:
         """Attention heads, the feed-forward's width and the vocabulary over the axis `tensor`, as
