@@ -6,11 +6,13 @@
 `albert pretrain` on the command line does all of it, from text to a trained model.
 """
 
+from ._base import AlbertTask as AlbertTask
+from ._classification import AlbertForMultipleChoice as AlbertForMultipleChoice
+from ._classification import AlbertForSequenceClassification as AlbertForSequenceClassification
+from ._classification import AlbertForTokenClassification as AlbertForTokenClassification
 from ._config import AlbertConfig as AlbertConfig
 from ._convert import from_pretrained as from_pretrained
-from ._convert import from_tensors as from_tensors
 from ._convert import save_pretrained as save_pretrained
-from ._convert import to_tensors as to_tensors
 from ._data import PretrainingData as PretrainingData
 from ._data import TokenStore as TokenStore
 from ._data import UnigramBaseline as UnigramBaseline
@@ -23,14 +25,19 @@ from ._masking import Masked as Masked
 from ._masking import mask_tokens as mask_tokens
 from ._model import Albert as Albert
 from ._model import MaskedLMHead as MaskedLMHead
+from ._names import from_tensors as from_tensors
+from ._names import to_tensors as to_tensors
 from ._optimizers import Recipe as Recipe
+from ._pretraining_task import AlbertForPreTraining as AlbertForPreTraining
+from ._question_answering import AlbertForQuestionAnswering as AlbertForQuestionAnswering
+from ._rows import check_tokens as check_tokens
+from ._rows import check_vocabulary as check_vocabulary
 from ._tasks import AlbertForMaskedLM as AlbertForMaskedLM
-from ._tasks import check_tokens as check_tokens
-from ._tasks import check_vocabulary as check_vocabulary
 from ._text import DatasetText as DatasetText
 from ._text import TextFiles as TextFiles
 from ._text import open_dataset as open_dataset
 from ._tokenizer import SpecialIds as SpecialIds
+from ._tokenizer import WordStarts as WordStarts
 from ._tokenizer import load_tokenizer as load_tokenizer
 from ._tokenizer import special_ids as special_ids
 from ._tokenizer import train_tokenizer as train_tokenizer

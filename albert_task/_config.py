@@ -16,6 +16,7 @@ PresetName = Literal["tiny", "small", "base", "large", "xlarge", "xxlarge"]
 ACTIVATIONS = ("gelu_new", "gelu", "relu", "silu", "swish", "tanh")
 
 ATTENTIONS = ("auto", "xla", "cudnn")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 REMATS = (
     "none",
     "nothing_saveable",
@@ -101,6 +102,11 @@ class AlbertConfig:
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_id: int = 3
+    labels: tuple[str, ...] | list[str] = ()
+    """What a classifier tells apart, by the order of its outputs; Hugging Face's `id2label`."""
+    problem_type: str | None = None
+    """Of sequence classification: one of `PROBLEM_TYPES`; by default regression for one label,
+    else a single label."""
     attention: str = "auto"
     """How attention is computed: `"xla"`, `"cudnn"` (flash attention, 16 bits, on NVIDIA GPUs), or
     `"auto"`, cuDNN's where it can be used and XLA's elsewhere."""
@@ -113,6 +119,14 @@ class AlbertConfig:
     written out, which XLA can fuse across."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"`labels={self.labels}` has a name twice.")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(
+                f"`problem_type={self.problem_type!r}` is unknown; it is one of "
+                f"{', '.join(map(repr, PROBLEM_TYPES))}."
+            )
         for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -201,6 +215,8 @@ class AlbertConfig:
         """
         fields = {field.name for field in dataclasses.fields(cls)}
         known = {name: value for name, value in values.items() if name in fields}
+        if "labels" not in known and "model_type" in values:
+            known["labels"] = _labels(values)
         model_type = values.get("model_type", "albert")
         if model_type != "albert":
             raise ValueError(
@@ -226,7 +242,14 @@ class AlbertConfig:
     def to_dict(self) -> dict[str, Any]:
         """The architecture's fields, and `model_type`: what Hugging Face's `config.json` needs."""
         fields = dataclasses.asdict(self)
-        return {"model_type": "albert"} | {k: v for k, v in fields.items() if k not in EXECUTION}
+        left_out = {*EXECUTION, "labels"} | (
+            {"problem_type"} if self.problem_type is None else set()
+        )
+        named = {"model_type": "albert"} | {k: v for k, v in fields.items() if k not in left_out}
+        if self.labels:
+            named["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
+            named["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        return named
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> AlbertConfig:
@@ -244,3 +267,22 @@ class AlbertConfig:
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"`{path}`: {error}") from error
+
+
+def _labels(values: dict[str, Any]) -> tuple[str, ...]:
+    """The labels of a Hugging Face file, in the order of their ids.
+
+    **Raises:** `ValueError` for ids that are not 0, 1, 2, …
+    """
+    named = values.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(values.get("num_labels", 0)))
+    try:
+        by_id = {int(number): str(label) for number, label in named.items()}
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`id2label={named!r}` has to map ids to names, such as {{'0': 'negative'}}."
+        ) from error
+    if sorted(by_id) != list(range(len(by_id))):
+        raise ValueError(f"`id2label={named!r}`: the ids have to be 0, 1, 2, … without a gap.")
+    return tuple(by_id[number] for number in range(len(by_id)))

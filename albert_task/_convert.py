@@ -1,218 +1,258 @@
-"""Weights to and from Hugging Face's ALBERT: their names, and theirs and ours in one table.
+"""Models to and from folders as Hugging Face's libraries write them.
 
-task = from_pretrained("albert-base-v2")   # a folder with config.json and model.safetensors
-save_pretrained(task, "my-albert")         # which transformers then loads
+    task = AlbertForMaskedLM.from_pretrained("albert/albert-base-v2")
+    save_pretrained(task, "my-albert", tokenizer)   # which transformers then loads
+
+`docs/albert_weights.md` has the files, the names of tensors, and Google's own checkpoints.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import PRNGKeyArray, Shaped
 
+from jaxlightning._say import say
+
+from ._base import AlbertTask
+from ._classification import (
+    AlbertForMultipleChoice,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+)
 from ._config import AlbertConfig
 from ._model import Albert
+from ._names import from_tensors, lacking, to_tensors, unread
+from ._pretraining_task import AlbertForPreTraining
+from ._question_answering import AlbertForQuestionAnswering
 from ._tasks import AlbertForMaskedLM
+from ._weight_files import FILES, read_tensors
 
-_Model = TypeVar("_Model", Albert, AlbertForMaskedLM)
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-_LAYER = r"^\.groups\[(\d+)\]\[(\d+)\]"
-_TABLE = [
-    (r"^\.embeddings\.words$", "embeddings.word_embeddings.weight"),
-    (r"^\.embeddings\.positions$", "embeddings.position_embeddings.weight"),
-    (r"^\.embeddings\.token_types$", "embeddings.token_type_embeddings.weight"),
-    (r"^\.embeddings\.norm\.", "embeddings.LayerNorm."),
-    (r"^\.mapping\.", "encoder.embedding_hidden_mapping_in."),
-    (_LAYER, r"encoder.albert_layer_groups.\1.albert_layers.\2"),
-    (r"\.attention\.output\.", ".attention.dense."),
-    (r"\.attention\.norm\.", ".attention.LayerNorm."),
-    (r"(\.albert_layers\.\d+)\.norm\.", r"\1.full_layer_layer_norm."),
-    (r"^\.pooler\.", "pooler."),
-]
-"""Path in `Albert` → Hugging Face's name in `AlbertModel`; all that match apply, in order."""
+MODELS: Mapping[str, type[Albert] | type[AlbertTask]] = {
+    "AlbertModel": Albert,
+    "AlbertForPreTraining": AlbertForPreTraining,
+    "AlbertForMaskedLM": AlbertForMaskedLM,
+    "AlbertForSequenceClassification": AlbertForSequenceClassification,
+    "AlbertForTokenClassification": AlbertForTokenClassification,
+    "AlbertForMultipleChoice": AlbertForMultipleChoice,
+    "AlbertForQuestionAnswering": AlbertForQuestionAnswering,
+}
+"""Hugging Face's names of models, and ours, which are the same."""
 
-_HEAD = [
-    (r"^\.head\.norm\.", "predictions.LayerNorm."),
-    (r"^\.head\.", "predictions."),
-    (r"^\.albert(?=\.)", ""),
-]
-"""The same for `AlbertForMaskedLM`. Names in its `albert` get the prefix `albert.`."""
-
-_UNUSED = r"(albert\.)?(pooler\.|embeddings\.position_ids$)|sop_classifier\.|predictions\.decoder\."
-"""What a checkpoint may hold besides: the pooler and sentence order of pretraining, positions as
-integers, and the tied decoder, which repeats the word embeddings and the head's bias."""
+_SHARD = 5_000_000_000  # bytes, as in transformers
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
-def _arrays(model: Any) -> list[tuple[str, Any]]:
-    arrays = eqx.filter(model, lambda leaf: eqx.is_array(leaf) or _is_abstract(leaf))
-    leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
-
-
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _name(path: str) -> str:
-    prefix = "albert." if path.startswith(".albert.") else ""
-    for pattern, name in (*_HEAD, *_TABLE):
-        path = re.sub(pattern, name, path)
-    return prefix + path
-
-
-def _is_transposed(path: str, array: Any) -> bool:
-    # PyTorch's Linear weights are (out, in). Embeddings, which are no `.weight` here, are not.
-    return path.endswith(".weight") and array.ndim == 2
-
-
-def to_tensors(model: Albert | AlbertForMaskedLM) -> dict[str, Shaped[np.ndarray, ...]]:
-    """The arrays as Hugging Face's `state_dict` has them, by its names. Blocks on the device."""
-    tensors = {}
-    for path, leaf in _arrays(model):
-        array = np.asarray(leaf)
-        array = array.T if _is_transposed(path, array) else array
-        tensors[_name(path)] = np.ascontiguousarray(array)
-    return tensors
-
-
-def from_tensors(tensors: Mapping[str, Any], like: _Model) -> _Model:
-    """`like` with the arrays of a Hugging Face `state_dict`, cast to the dtypes `like` has.
+def from_pretrained(
+    name: str | Path,
+    kind: type[Any] | None = None,
+    *,
+    key: PRNGKeyArray | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> Any:
+    """A model or task out of a folder or of the hub, as Hugging Face's `save_pretrained` writes it.
 
     **Arguments:**
 
-    - `tensors`: by name, whatever `numpy.asarray` takes, such as numpy arrays or PyTorch's on the
-      CPU; they are copied. Of an `AlbertModel`, or of any model with one (then under `albert.`,
-      whose heads are left out where `like` has none).
-    - `like`: what to fill in; arrays or, from `equinox.filter_eval_shape`, their shapes.
+    - `name`: a folder with `config.json` and weights (`_weight_files.FILES`, whole or in parts),
+      the folder of a run of `albert pretrain` or `albert finetune`, or a name on the hub.
+    - `kind`: the class, `Albert` or one of the tasks; by default the one that `config.json` names.
+      Heads that the weights lack, or have in another shape, begin with random weights, which is
+      said; by default that is an error.
+    - `key`: of those random weights.
+    - `revision`, `cache_dir`: of the hub's model, and where downloads are kept.
+    - `options`: as of the task's `init`, and fields of `AlbertConfig` that replace the file's:
+      `labels=("negative", "positive")`, `hidden_dropout_prob=0.1`.
 
-    **Raises:** `ValueError` that lists what is missing, has another shape, or is left over.
+    **Raises:** `FileNotFoundError` where a file is not there, or the hub has no such model;
+    `ValueError` for files that cannot be read, and for tensors that are not those of the model,
+    with a list of what is missing, has another shape, or is left over.
     """
-    tensors = _prefixed(tensors, like)
-    used: set[str] = set()
-    missing: list[str] = []
-    misshaped: list[str] = []
-
-    def filled(path: Any, leaf: Any) -> Any:
-        if not (eqx.is_array(leaf) or _is_abstract(leaf)):
-            return leaf
-        place = jax.tree_util.keystr(path)
-        name = _name(place)
-        if name not in tensors:
-            missing.append(f"`{name}` {_torch_shape(place, leaf)}")
-            return leaf
-        used.add(name)
-        array = np.asarray(tensors[name])
-        if array.shape != _torch_shape(place, leaf):
-            misshaped.append(f"`{name}` is {array.shape}, not {_torch_shape(place, leaf)}")
-            return leaf
-        # A copy: `jnp.asarray` may share the memory, which a training step then gives away.
-        return jnp.array(array.T if _is_transposed(place, leaf) else array, leaf.dtype)
-
-    model = jax.tree_util.tree_map_with_path(filled, like)
-    extra = [f"`{n}`" for n in tensors if n not in used and not re.match(_UNUSED, n)]
-    untied = _untied(tensors) if isinstance(like, AlbertForMaskedLM) else []
-    problems = [
-        f"{what}: {', '.join(found)}."
-        for what, found in (
-            ("Missing", missing),
-            ("Of another shape", misshaped),
-            ("Left over", sorted(extra)),
-            ("Not equal to what it is tied to here", untied),
+    folder = model_folder(name, revision=revision, cache_dir=cache_dir)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no `config.json` in `{folder}`. Give the folder of a model, with "
+            f"`config.json` and one of {', '.join(f'`{file}`' for file in FILES)}."
         )
-        if found
+    config = AlbertConfig.from_json(path)
+    named = kind or _named_kind(path)
+    fields = {field.name for field in dataclasses.fields(AlbertConfig)}
+    changes = {key: options.pop(key) for key in sorted(fields & set(options))}
+    config = dataclasses.replace(config, **changes)
+    tensors = read_tensors(folder)
+    if named is Albert:
+        like = eqx.filter_eval_shape(lambda key: Albert(config, key=key), jax.random.key(0))
+        if lacking(tensors, like):
+            like = eqx.tree_at(lambda model: model.pooler, like, None)
+        return from_tensors(tensors, like, source=str(folder))
+    init = lambda key: named.init(config, key, **options)
+    like = eqx.filter_eval_shape(init, jax.random.key(0))
+    fresh = lacking(tensors, like) if kind is not None else []
+    if fresh:
+        like = init(jax.random.key(0) if key is None else key)
+    task = from_tensors(tensors, like, fresh=fresh, source=str(folder))
+    _report(folder, fresh, unread(tensors, like))
+    return task
+
+
+def _report(folder: Path, fresh: list[str], left_out: list[str]) -> None:
+    if fresh:
+        listed = ", ".join(f"`{name}`" for name in fresh)
+        say(f"Not in `{folder}`, and so begun with random weights: {listed}.")
+    if left_out:
+        listed = ", ".join(f"`{name}`" for name in left_out)
+        say(f"In `{folder}`, but of no use here: {listed}.")
+
+
+def _named_kind(path: Path) -> Any:
+    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [
+        "AlbertForMaskedLM"
     ]
-    if problems:
-        raise ValueError(
-            f"These tensors are not those of the `{type(like).__name__}` that the configuration "
-            "describes.\n" + "\n".join(problems)
-        )
-    return model
-
-
-def _torch_shape(path: str, leaf: Any) -> tuple[int, ...]:
-    return leaf.shape[::-1] if _is_transposed(path, leaf) else leaf.shape
-
-
-def _prefixed(tensors: Mapping[str, Any], like: Any) -> Mapping[str, Any]:
-    """With the prefix `albert.` as `like` has it: with a head yes, without no."""
-    inside = {name for name in tensors if name.startswith("albert.")}
-    if isinstance(like, AlbertForMaskedLM):
-        if inside:
-            return tensors
-        parts = ("embeddings.", "encoder.", "pooler.")
-        return {f"albert.{n}" if n.startswith(parts) else n: t for n, t in tensors.items()}
-    if not inside:
-        return tensors
-    return {name.removeprefix("albert."): tensors[name] for name in inside}
-
-
-def _untied(tensors: Mapping[str, Any]) -> list[str]:
-    ties = {
-        "predictions.decoder.weight": "albert.embeddings.word_embeddings.weight",
-        "predictions.decoder.bias": "predictions.bias",
-    }
-    return [
-        f"`{name}`"
-        for name, other in ties.items()
-        if name in tensors
-        and other in tensors
-        and not np.array_equal(tensors[name], tensors[other])
-    ]
-
-
-def from_pretrained(folder: str | Path, **options: Any) -> AlbertForMaskedLM:
-    """A task from a folder as Hugging Face's `save_pretrained` writes it.
-
-    **Arguments:**
-
-    - `folder`: on this machine, with `config.json` and `model.safetensors`.
-    - `options`: as of `AlbertForMaskedLM.init`.
-
-    **Raises:** `FileNotFoundError` where a file is not there; `ValueError` as `from_tensors`.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            pickled = (folder / "pytorch_model.bin").is_file()
-            raise FileNotFoundError(
-                f"There is no `{name}` in `{folder}`."
-                + (
-                    " There is a `pytorch_model.bin`, which is a pickle and is not read here. "
-                    "Let transformers load and `save_pretrained` it: that gives safetensors."
-                    if pickled
-                    else " Give the folder of a model, with `config.json` and `model.safetensors`."
-                )
-            )
-    config = AlbertConfig.from_json(folder / "config.json")
-    like = eqx.filter_eval_shape(
-        lambda key: AlbertForMaskedLM.init(config, key, **options), jax.random.key(0)
+    for name in names:
+        plain = str(name).removeprefix("Flax").removeprefix("TF")
+        if plain in MODELS:
+            return MODELS[plain]
+    raise ValueError(
+        f"`{path}` is of {', '.join(f'`{name}`' for name in names)}, which is none of the models "
+        f"here: {', '.join(f'`{name}`' for name in MODELS)}. To take its ALBERT for one of them: "
+        "`AlbertForSequenceClassification.from_pretrained(...)`."
     )
+
+
+def model_folder(
+    name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """The folder of a model: `name` itself, or where the hub's model has been downloaded to.
+
+    **Raises:** `FileNotFoundError` where there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inner = path / "model"
+        return inner if not (path / "config.json").is_file() and inner.is_dir() else path
+    if path.exists():
+        raise FileNotFoundError(f"`{path}` is a file. Give the folder of a model.")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", *_TOKENIZER_FILES, "*.safetensors", "*.index.json"]
     try:
-        tensors = load_file(folder / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(
-            f"`{folder / 'model.safetensors'}` is no safetensors file: {error}."
+        found = snapshot_download(
+            str(name), revision=revision, cache_dir=cache_dir, allow_patterns=patterns
+        )
+        if not list(Path(found).glob("*.safetensors")):
+            others = [*patterns, "pytorch_model*.bin", "flax_model.msgpack"]
+            found = snapshot_download(
+                str(name), revision=revision, cache_dir=cache_dir, allow_patterns=others
+            )
+    except Exception as error:
+        raise FileNotFoundError(
+            f"`{name}` is no folder here, and the hub did not give a model of that name: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    return from_tensors(tensors, like)
+    return Path(found)
 
 
-def save_pretrained(task: AlbertForMaskedLM, folder: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` for Hugging Face's `AlbertForMaskedLM`."""
-    from safetensors.numpy import save_file
+def save_pretrained(
+    model: Albert | AlbertTask,
+    folder: str | Path,
+    tokenizer: Tokenizer | str | Path | None = None,
+    *,
+    max_shard_size: int = _SHARD,
+) -> None:
+    """Writes `config.json` and `model.safetensors` for the Hugging Face class of the same name.
 
+    Each file is whole or not there. Blocks on the device.
+
+    **Arguments:**
+
+    - `tokenizer`: written as `tokenizer.json`; or a folder, whose tokenizer's files are copied.
+    - `max_shard_size`: bytes; larger models are parted, with `model.safetensors.index.json`.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**task.config.to_dict(), "architectures": ["AlbertForMaskedLM"]}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(to_tensors(task), folder / "model.safetensors", metadata={"format": "pt"})
+    kind = next((name for name, of in MODELS.items() if type(model) is of), None)
+    if kind is None:
+        raise ValueError(
+            f"Hugging Face has no model for a `{type(model).__name__}`. Save its `albert`, or a "
+            f"task of {', '.join(f'`{name}`' for name in MODELS)}."
+        )
+    config = {**model.config.to_dict(), "architectures": [kind]}
+    _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _save_tensors(to_tensors(model), folder, max_shard_size)
+    if isinstance(tokenizer, str | Path):
+        for name in _TOKENIZER_FILES:
+            if (Path(tokenizer) / name).is_file():
+                shutil.copyfile(Path(tokenizer) / name, folder / name)
+    elif tokenizer is not None:
+        _write(folder / "tokenizer.json", tokenizer.to_str())
+
+
+def _save_tensors(tensors: dict[str, Shaped[np.ndarray, ...]], folder: Path, limit: int) -> None:
+    from safetensors.numpy import save_file
+
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, array in tensors.items():
+        if shards[-1] and size + array.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size += array.nbytes
+    whole = len(shards) == 1
+    names = [
+        "model.safetensors" if whole else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        with _replacing(folder / name) as scratch:
+            save_file(shard, scratch, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if whole:
+        index.unlink(missing_ok=True)
+        return
+    places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
+    total = sum(array.nbytes for array in tensors.values())
+    content = {"metadata": {"total_size": total}, "weight_map": places}
+    _write(index, json.dumps(content, indent=2) + "\n")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+
+
+class _replacing:
+    """A scratch file, which takes the place of `path` where nothing failed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> Path:
+        number, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
+        os.close(number)
+        self.scratch = Path(name)
+        return self.scratch
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.scratch.chmod(0o644)
+            self.scratch.replace(self.path)
+        else:
+            self.scratch.unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
+    with _replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")

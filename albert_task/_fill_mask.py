@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._tasks import AlbertForMaskedLM, check_tokens, check_vocabulary
+from ._rows import check_tokens, check_vocabulary
+from ._tasks import AlbertForMaskedLM
 from ._tokenizer import special_ids
 
 if TYPE_CHECKING:

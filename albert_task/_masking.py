@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ._layers import named_key
+from ._tokenizer import WordStarts
 
 
 class Masked(NamedTuple):
@@ -43,35 +45,54 @@ def mask_tokens(
     special: Sequence[int],
     vocab_size: int,
     where: Bool[Array, "batch seq"] | None = None,
+    segments: Int[Array, "batch seq"] | None = None,
     rate: float = 0.15,
+    predictions: int | None = None,
+    word_starts: WordStarts | None = None,
+    max_ngram: int = 1,
 ) -> Masked:
-    """Hides tokens as BERT does (Devlin et al. 2019, section 3.1): of those to predict, each
-    becomes `mask_id` with probability 0.8, a random token with 0.1, and stays with 0.1.
+    """Hides n-grams of whole words, as ALBERT does (Lan et al. 2020, section 4.1): each is replaced
+    by `mask_id` with probability 0.8, by random tokens with 0.1, and stays with 0.1.
 
-    A row of n tokens gets `max(1, round(rate * n))` predictions, drawn without replacement: a
-    fixed number, as in google-research/albert, and not one coin a token. Special tokens are never
-    chosen, and never put in as random ones; [CLS] and [SEP] count in n, as they do there.
+    The words of a row are parted into n-grams one after the other, of length n with p(n) ∝ 1/n;
+    n-grams are then taken in random order until the row has its predictions: `max(1, round(rate *
+    n))` of n tokens, a fixed number, as in google-research/albert, and not one coin a token. The
+    last one gives up the words at its end that do not fit, and single words of one piece fill up,
+    so that the number is met wherever the row has enough of them. Special tokens are never chosen,
+    never within an n-gram, and never put in as random ones; [CLS] and [SEP] count in n, as they do
+    there.
 
     **Arguments:**
 
     - `special`: the ids of special tokens, `mask_id` among them.
     - `where`: which tokens are a row's own; by default all. Padding is not.
+    - `segments`: for packed rows, the number of each token's text; no n-gram spans two of them.
+    - `predictions`: in place of `rate`, how many of a row of `seq` tokens.
+    - `word_starts`: which pieces begin a word; by default all do.
+    - `max_ngram`: the largest n.
 
     **Raises:** `ValueError` for a `rate` outside (0, 1), or ids outside the vocabulary.
     """
+    seq = tokens.shape[1]
+    rate = rate if predictions is None else predictions / seq
     _check(mask_id, special, vocab_size, rate)
     hidden = jnp.isin(tokens, jnp.asarray(sorted(special), tokens.dtype))
     own = jnp.ones_like(hidden) if where is None else where
     eligible = own & ~hidden
+    drawn = jax.random.uniform(named_key(key, "ngrams"), (*tokens.shape, 3))
+    new, starts = _parted(tokens, eligible, segments, word_starts, max_ngram, drawn[..., 0])
 
-    wanted = [num_predictions(length, rate) for length in range(tokens.shape[1] + 1)]
-    scores = jax.random.uniform(named_key(key, "positions"), tokens.shape)
-    _, positions = jax.lax.top_k(jnp.where(eligible, scores, -1.0), wanted[-1])
+    # In random order of n-grams; a stable sort leaves each one's tokens together and in order.
+    number = jnp.maximum(jnp.cumsum(new, axis=1) - 1, 0)
+    score = jnp.take_along_axis(drawn[..., 1], number, axis=1)
+    order = jnp.argsort(jnp.where(eligible, score, 2.0), axis=1, stable=True)
+    wanted = [num_predictions(length, rate) for length in range(seq + 1)]
     count = jnp.minimum(jnp.asarray(wanted)[own.sum(1)], eligible.sum(1))
-    predicted = jnp.arange(wanted[-1])[None] < count[:, None]
+    positions, predicted = _taken(order, count, starts, new, eligible, min(wanted[-1], seq))
 
     labels = jnp.take_along_axis(tokens, positions, axis=1)
-    u = jax.random.uniform(named_key(key, "replacement"), labels.shape)
+    of = jnp.take_along_axis(number, positions, axis=1)
+    u = jnp.take_along_axis(drawn[..., 2], of, axis=1)
     noise = _ordinary(named_key(key, "random"), labels, special, vocab_size)
     shown = jnp.where(u < 0.8, jnp.asarray(mask_id, labels.dtype), noise)
     shown = jnp.where(predicted & (u < 0.9), shown, labels)
@@ -81,6 +102,73 @@ def mask_tokens(
         labels=labels,
         weights=predicted.astype(jnp.float32),
     )
+
+
+def _parted(
+    tokens: Int[Array, "batch seq"],
+    eligible: Bool[Array, "batch seq"],
+    segments: Int[Array, "batch seq"] | None,
+    word_starts: WordStarts | None,
+    max_ngram: int,
+    u: Float[Array, "batch seq"],
+) -> tuple[Bool[Array, "batch seq"], Bool[Array, "batch seq"]]:
+    """Where n-grams begin, and where words do."""
+    fresh = ~_shifted(eligible, 1)
+    if segments is not None:
+        fresh |= segments != _shifted(segments, 1)
+    starts = eligible
+    if word_starts is not None:
+        starts &= fresh | jnp.asarray(word_starts.table())[tokens]
+    if max_ngram == 1:
+        return starts, starts
+    # n-gram k ends before word n_0 + … + n_k.
+    shares = 1 / np.arange(1, max_ngram + 1)
+    limits = np.cumsum(shares / shares.sum())[:-1]
+    lengths = 1 + (u[..., None] >= jnp.asarray(limits, u.dtype)).sum(-1)
+    rows = jnp.arange(len(tokens))[:, None]
+    begins = jnp.zeros(tokens.shape, bool)
+    begins = begins.at[rows, jnp.cumsum(lengths, axis=1)].set(True, mode="drop")
+    word = jnp.cumsum(starts, axis=1) - 1
+    first = word == 0
+    new = starts & (fresh | first | jnp.take_along_axis(begins, jnp.maximum(word, 0), axis=1))
+    return new, starts
+
+
+def _taken(
+    order: Int[Array, "batch seq"],
+    count: Int[Array, " batch"],
+    starts: Bool[Array, "batch seq"],
+    new: Bool[Array, "batch seq"],
+    eligible: Bool[Array, "batch seq"],
+    most: int,
+) -> tuple[Int[Array, "batch most"], Bool[Array, "batch most"]]:
+    """Of tokens in this order, `count` in whole words: their positions, and which of them count."""
+    starts, new, eligible = (jnp.take_along_axis(x, order, axis=1) for x in (starts, new, eligible))
+    rank = jnp.arange(order.shape[1])[None]
+    # The word that begins last within the limit may not end within it.
+    after = jnp.pad(~eligible | starts, ((0, 0), (0, 1)), constant_values=True)
+    ends = jnp.take_along_axis(after, count[:, None], axis=1)
+    within = rank < count[:, None]
+    last = jnp.max(jnp.where(within & starts, rank, 0), axis=1, keepdims=True)
+    kept = jnp.where(ends, count[:, None], last)
+    single = new & (~within) & (~_shifted(eligible, -1) | _shifted(new, -1))
+    filled = single & (jnp.cumsum(single, axis=1) <= count[:, None] - kept)
+    chosen = (rank < kept) | filled
+    # Chosen ones to the front, in their order; behind them whatever comes first.
+    front = jnp.cumsum(chosen, axis=1) - 1
+    back = chosen.sum(1, keepdims=True) + jnp.cumsum(~chosen, axis=1) - 1
+    place = jnp.where(chosen, front, back)
+    rows = jnp.arange(len(order))[:, None]
+    positions = jnp.zeros((len(order), most), order.dtype)
+    positions = positions.at[rows, place].set(order, mode="drop")
+    return positions, jnp.arange(most)[None] < chosen.sum(1, keepdims=True)
+
+
+def _shifted(x: Array, by: int) -> Array:
+    """Each position's neighbour to the left (`by` 1) or right (-1); 0 or false at the end."""
+    if by > 0:
+        return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
 def _ordinary(

@@ -287,11 +287,17 @@ class Albert(eqx.Module):
             (r"embeddings/words$", out),
         )
 
-    def pooled(self, hidden: Float[Array, "batch seq hidden"]) -> Float[Array, "batch hidden"]:
-        """One vector a row, from that of its first token, the [CLS]."""
+    def pooled(
+        self,
+        hidden: Float[Array, "batch seq hidden"],
+        positions: Int[Array, "batch some"] | None = None,
+    ) -> Float[Array, "batch hidden"] | Float[Array, "batch some hidden"]:
+        """A text's vector, from that of its first token, the [CLS]: one a row, or, where a row is
+        packed of several texts, one of those that begin at each of `positions`."""
         if self.pooler is None:
             raise ValueError("This ALBERT has no pooler. Make it with `Albert(..., pooler=True)`.")
-        return jnp.tanh(self.pooler(hidden[:, 0]))
+        first = hidden[:, 0] if positions is None else gather(hidden, positions)
+        return jnp.tanh(self.pooler(first))
 
 
 class MaskedLMHead(eqx.Module):

@@ -1,15 +1,23 @@
-"""The optimizers that ALBERT's tasks know by name."""
+"""The optimizers that ALBERT's tasks know by name, and how each parameter is trained."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from jaxlightning._checks import nearest
+from jaxlightning.parallel import leaf_path
+
+_PAPER_BATCH = 4096
+
+SCHEDULES = ("linear", "polynomial")
 
 
 def matrices(params: PyTree) -> PyTree[bool]:
@@ -19,20 +27,51 @@ def matrices(params: PyTree) -> PyTree[bool]:
 
 
 class Recipe(NamedTuple):
-    """An optimizer by name, and its numbers."""
+    """An optimizer by name, its numbers, and which parameters it trains how fast.
+
+    ALBERT's own (Lan et al. 2020, section 4.1; google-research/albert), along with
+    `Trainer(gradient_clip_val=1.0)`:
+
+        Recipe("lamb_reference", learning_rate=1.76e-3, batch_size=512, schedule="polynomial",
+               warmup_steps=3125, total_steps=125_000, b2=0.999)
+    """
 
     optimizer: str = "adamw"
+    """`"adamw_reference"` and `"lamb_reference"` do not correct moments for bias, as
+    google-research/albert; `"adamw"` and `"lamb"` do."""
     learning_rate: float = 1e-3
     """The peak."""
     weight_decay: float = 0.01
     warmup_steps: int = 0
     """Over which the learning rate rises linearly from 0."""
     total_steps: int | None = None
-    """At which it has fallen linearly to 0; `None`: it stays at the peak."""
+    """At which it has fallen to 0; `None`: it stays at the peak."""
     b1: float = 0.9
     b2: float = 0.98
     """For a few thousand steps. The paper's runs are longer, and have 0.999."""
     eps: float = 1e-6
+    schedule: str = "linear"
+    """`"linear"`: falls from the peak at the end of the warm-up. `"polynomial"`, the reference's:
+    falls from step 0 on, with the exponent `power`, and the warm-up takes its place before."""
+    power: float = 1.0
+    batch_size: int | None = None
+    """Rows in a batch: `learning_rate` is then meant for 4,096, and scaled by the square root."""
+    layer_decay: float = 1.0
+    """Each stage further from the output learns so many times as fast: heads and pooler 1, the
+    last group of layers 1 `layer_decay`, …, the embeddings the most. Layers that share their
+    weights have one rate."""
+    frozen: tuple[str, ...] = ()
+    """Regular expressions of paths that are not trained: `("embeddings", "groups/0")`."""
+    unfreeze_every: int = 0
+    """Gradual unfreezing (Howard and Ruder 2018): after so many steps each, another stage begins
+    to learn, heads and pooler first. 0: all learn from the start."""
+
+    @property
+    def peak(self) -> float:
+        """The highest learning rate, for the batch in use."""
+        if self.batch_size is None:
+            return self.learning_rate
+        return self.learning_rate * math.sqrt(self.batch_size / _PAPER_BATCH)
 
     def build(self) -> optax.GradientTransformation:
         """Decay is decoupled and scaled by the learning rate, whatever the optimizer.
@@ -44,39 +83,179 @@ class Recipe(NamedTuple):
             _DIRECTIONS[self.optimizer](self),
             optax.add_decayed_weights(self.weight_decay, mask=matrices),
         ]
-        if self.optimizer == "lamb":
+        if self.optimizer in _ADAPTED:
             # As in google-research/albert, vectors are neither decayed nor rescaled by their
-            # norms, as `optax.lamb` would; unlike there, moments are corrected for bias.
+            # norms, as `optax.lamb` would.
             parts.append(optax.masked(optax.scale_by_trust_ratio(), matrices))
         # Injected, so that the learning rate is in the optimizer's state, to be logged.
         scale = optax.inject_hyperparams(optax.scale_by_learning_rate)
-        return optax.chain(*parts, scale(learning_rate=self._schedule()))
+        parts.append(scale(learning_rate=self._schedule()))
+        if self.layer_decay != 1 or self.unfreeze_every:
+            parts.append(_by_stage(self))
+        return optax.chain(*parts)
 
     def _schedule(self) -> optax.ScalarOrSchedule:
-        peak, warmup, total = self.learning_rate, self.warmup_steps, self.total_steps
-        fall = peak if total is None else optax.linear_schedule(peak, 0.0, total - warmup)
+        peak, warmup, total = self.peak, self.warmup_steps, self.total_steps
+        if self.schedule == "polynomial":
+            assert total is not None
+            fall = optax.polynomial_schedule(peak, 0.0, self.power, total)
+            if not warmup:
+                return fall
+            return lambda step: jnp.where(step < warmup, peak * step / warmup, fall(step))
+        constant = peak if total is None else optax.linear_schedule(peak, 0.0, total - warmup)
         if not warmup:
-            return fall
+            return constant
         rise = optax.linear_schedule(0.0, peak, warmup)
-        return rise if total is None else optax.join_schedules([rise, fall], [warmup])
+        return rise if total is None else optax.join_schedules([rise, constant], [warmup])
+
+    def freezes(self, path: str) -> bool:
+        """Whether the parameter at `path` is never trained."""
+        return any(re.search(pattern, path) for pattern in self.frozen)
+
+    def table(self, task: PyTree) -> list[Trained]:
+        """How each parameter of `task` is trained, in its order. `print_table` prints it."""
+        stages = _stages(task)
+        rows = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path(task):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                continue
+            name, matrix = leaf_path(path), leaf.ndim > 1
+            trained = not self.freezes(name)
+            rows.append(
+                Trained(
+                    name,
+                    tuple(leaf.shape),
+                    trained,
+                    decays=trained and matrix and self.weight_decay > 0,
+                    adapts=trained and matrix and self.optimizer in _ADAPTED,
+                    rate=self.peak * self.layer_decay ** stages(name) if trained else 0.0,
+                    from_step=stages(name) * self.unfreeze_every,
+                )
+            )
+        return rows
 
     def check(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            listed = ", ".join(f"`{name}`" for name in OPTIMIZERS)
-            raise ValueError(
-                f"`optimizer={self.optimizer!r}` is unknown; it is one of {listed}."
-                f"{nearest(str(self.optimizer), OPTIMIZERS)}"
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate={self.learning_rate}` has to be above 0.")
-        for name in ("weight_decay", "warmup_steps"):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            if value not in known:
+                listed = ", ".join(f"`{choice}`" for choice in known)
+                raise ValueError(
+                    f"`{name}={value!r}` is unknown; it is one of {listed}."
+                    f"{nearest(str(value), known)}"
+                )
+        for name in ("learning_rate", "layer_decay", "power"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` has to be above 0.")
+        for name in ("weight_decay", "warmup_steps", "unfreeze_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` has to be at least 0.")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"`batch_size={self.batch_size}` has to be at least 1.")
+        if self.schedule == "polynomial" and self.total_steps is None:
+            raise ValueError(
+                "`schedule='polynomial'` falls to 0 at the end of the run. Say where that is: "
+                "`total_steps=125_000`."
+            )
         if self.total_steps is not None and not self.warmup_steps < self.total_steps:
             raise ValueError(
                 f"`warmup_steps={self.warmup_steps}` takes all of `total_steps="
                 f"{self.total_steps}`. Write fewer, such as a twentieth."
             )
+
+
+class Trained(NamedTuple):
+    """How one parameter is trained."""
+
+    path: str
+    shape: tuple[int, ...]
+    trained: bool
+    decays: bool
+    """Whether weight decay shrinks it."""
+    adapts: bool
+    """Whether its update is rescaled by the ratio of norms (LAMB)."""
+    rate: float
+    """The peak of its learning rate."""
+    from_step: int
+    """The first step in which it learns."""
+
+    @staticmethod
+    def listed(rows: list[Trained]) -> str:
+        """A table for people."""
+        width = max(len(row.path) for row in rows)
+        lines = [f"{'parameter':<{width}}  {'shape':>14}  decays  adapts      rate  from step"]
+        for row in rows:
+            shape = "×".join(map(str, row.shape))
+            yes = ["yes" if flag else "no" for flag in (row.decays, row.adapts)]
+            rate = f"{row.rate:.2e}" if row.trained else "frozen"
+            lines.append(
+                f"{row.path:<{width}}  {shape:>14}  {yes[0]:>6}  {yes[1]:>6}  {rate:>8}  "
+                f"{row.from_step:>9}"
+            )
+        return "\n".join(lines)
+
+
+def _stages(params: PyTree) -> Callable[[str], int]:
+    """How far from the output a parameter is, by its path."""
+    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    found = [re.search(r"(?:^|/)groups/(\d+)/", path) for path in paths]
+    groups = 1 + max((int(match[1]) for match in found if match), default=0)
+
+    def stage(path: str) -> int:
+        match = re.search(r"(?:^|/)groups/(\d+)/", path)
+        if match:
+            return groups - int(match[1])
+        return groups + 1 if re.search(r"(?:^|/)(embeddings|mapping)/", path) else 0
+
+    return stage
+
+
+class StagesState(NamedTuple):
+    step: jax.Array
+
+
+def _by_stage(recipe: Recipe) -> optax.GradientTransformation:
+    """Slows the updates of each stage, and holds them back until its step."""
+
+    def init(params: PyTree) -> StagesState:
+        return StagesState(jnp.zeros((), jnp.int32))
+
+    def update(updates: PyTree, state: StagesState, params: PyTree | None = None) -> Any:
+        stages = _stages(updates)
+
+        def scaled(path: Any, leaf: jax.Array) -> jax.Array:
+            stage = stages(leaf_path(path))
+            slow = leaf * jnp.asarray(recipe.layer_decay**stage, leaf.dtype)
+            learns = state.step >= stage * recipe.unfreeze_every
+            return jnp.where(learns, slow, jnp.zeros_like(slow))
+
+        moved = jax.tree_util.tree_map_with_path(scaled, updates)
+        return moved, StagesState(optax.safe_increment(state.step))
+
+    return optax.GradientTransformation(init, update)
+
+
+class MomentsState(NamedTuple):
+    mu: PyTree
+    nu: PyTree
+
+
+def _moments(recipe: Recipe) -> optax.GradientTransformation:
+    """Adam's direction without a correction for bias: `AdamWeightDecayOptimizer` and
+    `LAMBOptimizer` in google-research/albert."""
+
+    def init(params: PyTree) -> MomentsState:
+        return MomentsState(
+            jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        )
+
+    def update(grads: PyTree, state: MomentsState, params: PyTree | None = None) -> Any:
+        b1, b2 = recipe.b1, recipe.b2
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + recipe.eps), mu, nu)
+        return direction, MomentsState(mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _muon(recipe: Recipe) -> optax.GradientTransformation:
@@ -102,9 +281,12 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
 _DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
     "adamw": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
     "lamb": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
+    "adamw_reference": _moments,
+    "lamb_reference": _moments,
     "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "lion": lambda r: optax.scale_by_lion(b1=r.b1, b2=r.b2),
     "sgd": lambda r: optax.trace(r.b1),
     "muon": _muon,
 }
 OPTIMIZERS = tuple(_DIRECTIONS)
+_ADAPTED = ("lamb", "lamb_reference")

@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")
+
+
+_PUNCTUATION = set(string.punctuation) | {"€", "£"}
+_WITHIN = set(string.ascii_lowercase) | _PUNCTUATION
 
 
 class SpecialIds(NamedTuple):
@@ -24,6 +32,42 @@ class SpecialIds(NamedTuple):
     cls: int
     sep: int
     mask: int
+
+
+class WordStarts(NamedTuple):
+    """Which pieces of a vocabulary begin a word, small enough for a hyper-parameter."""
+
+    size: int
+    """Pieces in the vocabulary."""
+    bits: str
+    """One bit a piece, as hexadecimal digits."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> WordStarts:
+        """As google-research/albert (`_is_start_piece_sp`): pieces with SentencePiece's `▁` in
+        front, punctuation, and what has other characters than English letters and punctuation."""
+        size = tokenizer.get_vocab_size()
+        pieces = [tokenizer.id_to_token(number) or "" for number in range(size)]
+        return cls.from_table(
+            [
+                p.startswith("▁") or p in _PUNCTUATION or not set(p.lower()) <= _WITHIN
+                for p in pieces
+            ]
+        )
+
+    @classmethod
+    def from_table(cls, table: Sequence[bool]) -> WordStarts:
+        return cls(len(table), np.packbits(np.asarray(table, bool)).tobytes().hex())
+
+    def table(self) -> Bool[np.ndarray, " vocab"]:
+        packed = np.frombuffer(bytes.fromhex(self.bits), np.uint8)
+        return np.unpackbits(packed, count=self.size).astype(bool)
+
+
+def _begins_a_word(piece: str) -> bool:
+    if piece.startswith("▁") or piece in _PUNCTUATION:
+        return True
+    return not set(piece.lower()) <= _WITHIN
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 8000) -> Tokenizer:

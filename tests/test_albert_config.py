@@ -121,7 +121,35 @@ def test_a_file_of_hugging_face(tmp_path):
     config = AlbertConfig.preset("base", vocab_size=178, hidden_act="gelu")
     path = tmp_path / "config.json"
     path.write_text(json.dumps(FURTHER | config.to_dict()))
-    assert AlbertConfig.from_json(path) == config
+    assert AlbertConfig.from_json(path) == dataclasses.replace(config, labels=("LABEL_0",))
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ({"id2label": {"1": "good", "0": "bad"}}, ("bad", "good")),
+        ({"num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        ({}, ()),
+    ],
+)
+def test_labels_of_hugging_face(values, labels):
+    config = AlbertConfig.from_dict({"model_type": "albert", **values})
+    assert config.labels == labels
+    assert AlbertConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "ids have to be 0, 1, 2, … without a gap"),
+        ({"id2label": ["a"]}, "has to map ids to names"),
+        ({"id2label": {"0": "a", "1": "a"}}, "has a name twice"),
+        ({"problem_type": "ranking"}, "`problem_type='ranking'` is unknown"),
+    ],
+)
+def test_labels_that_cannot_be(values, message):
+    with pytest.raises(ValueError, match=message):
+        AlbertConfig.from_dict({"model_type": "albert", **values})
 
 
 def test_a_configuration_survives_json():

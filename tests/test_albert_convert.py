@@ -212,7 +212,10 @@ def test_folders_without_a_model(task, tmp_path):
         from_pretrained(tmp_path)
     save_pretrained(task, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"`pytorch_model.bin`, which is a pickle"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin` is no file of PyTorch's"):
+        from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*none of `model.safetensors`, "):
         from_pretrained(tmp_path)
 
 

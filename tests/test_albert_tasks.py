@@ -18,7 +18,7 @@ from albert_task import (
     AlbertForMaskedLM,
     Recipe,
     SpecialIds,
-    _tasks,
+    _losses,
     check_tokens,
     check_vocabulary,
     mask_tokens,
@@ -26,7 +26,7 @@ from albert_task import (
     train_tokenizer,
 )
 from albert_task._layers import named_key
-from albert_task._tasks import Rows
+from albert_task._rows import Rows
 from jaxlightning import Callback, DataLoader
 from jaxlightning._precision import cast_task
 
@@ -210,13 +210,15 @@ def test_training_learns_what_there_is_to_learn(training):
 def test_every_validation_asks_the_same(training):
     """One at the end of training, one after it, a third in another Trainer."""
     _, after, _, found, again = training
-    assert again == {name: found[name] for name in ("val/loss", "val/accuracy")}
+    assert again == {
+        f"val/{name}": found[f"val/{name}"] for name in ("loss", "accuracy", "perplexity")
+    }
     assert quiet().validate(after, DataLoader(repetitions(32, seed=1), 16)) == again
 
 
 def test_bf16_mixed_has_float32_logits_and_loss(task, monkeypatch):
     seen = {}
-    call, entropy = Albert.__call__, _tasks.cross_entropy
+    call, entropy = Albert.__call__, _losses.cross_entropy
 
     def hidden_of(self, *args, **kwargs):
         hidden = call(self, *args, **kwargs)
@@ -233,7 +235,7 @@ def test_bf16_mixed_has_float32_logits_and_loss(task, monkeypatch):
     batch = {"tokens": jnp.asarray(rows())}
     exact, _ = step(task, batch)
     monkeypatch.setattr(Albert, "__call__", hidden_of)
-    monkeypatch.setattr(_tasks, "cross_entropy", entropy_of)
+    monkeypatch.setattr(_losses, "cross_entropy", entropy_of)
     loss, _ = step(low, batch)
     assert seen == {"logits": jnp.float32, "hidden": jnp.bfloat16}
     assert loss.dtype == jnp.float32
@@ -371,11 +373,11 @@ def fit(batch):
     ("batch", "error", "message"),
     [
         ({"text": rows(2)}, KeyError, r"looked up `tokens`.* keys are \['text'\]"),
-        ({"token": rows(2)}, ValueError, "reads no `token` in a batch. Did you mean `tokens`"),
+        ({"token": rows(2)}, ValueError, "read no `token` in a batch. Did you mean `tokens`"),
         (
             {"input_ids": rows(2), "attention_masks": rows(2)},
             ValueError,
-            "reads no `attention_masks` in a batch. Did you mean `attention_mask`",
+            "read no `attention_masks` in a batch. Did you mean `attention_mask`",
         ),
         (
             {"input_ids": rows(2), "attention_mask": rows(2, 11)},

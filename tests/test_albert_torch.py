@@ -167,7 +167,7 @@ def test_what_transformers_saves_we_load(tmp_path):
     other = theirs("AlbertForMaskedLM", GROUPS)
     other.save_pretrained(tmp_path)
     task = from_pretrained(tmp_path)
-    assert task.config == GROUPS
+    assert dataclasses.replace(task.config, labels=()) == GROUPS
     inputs = batch(GROUPS)
     ours = task.logits(jax.tree.map(jnp.asarray, inputs))
     assert difference(ours, run(other, inputs).logits) <= 1e-5
@@ -197,4 +197,5 @@ def test_their_configuration_is_ours(tmp_path):
     transformers.AlbertConfig().save_pretrained(tmp_path)
     assert AlbertConfig.from_json(tmp_path / "config.json") == AlbertConfig()
     whole = json.loads(json.dumps(transformers.AlbertConfig().to_dict()))
-    assert AlbertConfig.from_dict(whole) == AlbertConfig()
+    names = tuple(f"LABEL_{i}" for i in range(len(whole["id2label"])))
+    assert AlbertConfig.from_dict(whole) == AlbertConfig(labels=names)
