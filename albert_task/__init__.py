@@ -21,6 +21,8 @@ from ._data import open_tokens as open_tokens
 from ._fill_mask import Filled as Filled
 from ._fill_mask import Guess as Guess
 from ._fill_mask import fill_mask as fill_mask
+from ._glue import GLUE as GLUE
+from ._glue import glue_scores as glue_scores
 from ._masking import Masked as Masked
 from ._masking import mask_tokens as mask_tokens
 from ._model import Albert as Albert
@@ -32,6 +34,9 @@ from ._pretraining_task import AlbertForPreTraining as AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering as AlbertForQuestionAnswering
 from ._rows import check_tokens as check_tokens
 from ._rows import check_vocabulary as check_vocabulary
+from ._squad_metrics import Answered as Answered
+from ._squad_metrics import questions_of as questions_of
+from ._squad_metrics import squad_scores as squad_scores
 from ._tasks import AlbertForMaskedLM as AlbertForMaskedLM
 from ._text import DatasetText as DatasetText
 from ._text import TextFiles as TextFiles
