@@ -39,7 +39,7 @@ GLUE: Mapping[str, GlueTask] = {
     "ax": GlueTask(("premise", "hypothesis"), _NLI, ("matthews",)),
 }
 
-Predictions = Shaped[np.ndarray, "_"]
+Predictions = Shaped[np.ndarray, " _"]
 
 
 def glue_scores(task: str, predictions: Predictions, labels: Predictions) -> dict[str, float]:
@@ -61,7 +61,7 @@ def glue_scores(task: str, predictions: Predictions, labels: Predictions) -> dic
     return {name: METRICS[name](predictions, labels) for name in GLUE[task].metrics}
 
 
-def _classes(values: Predictions) -> Int[np.ndarray, "_"]:
+def _classes(values: Predictions) -> Int[np.ndarray, " _"]:
     return np.asarray(values, np.int32)
 
 
@@ -97,7 +97,7 @@ def spearman(predictions: Predictions, labels: Predictions) -> float:
     return pearson(_ranks(predictions), _ranks(labels))
 
 
-def _ranks(values: Predictions) -> Float[np.ndarray, "_"]:
+def _ranks(values: Predictions) -> Float[np.ndarray, " _"]:
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     middles = ends - (counts - 1) / 2

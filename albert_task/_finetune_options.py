@@ -1,0 +1,304 @@
+"""The options of fine-tuning, and of what one does with a model that was fine-tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jaxlightning._checks import nearest
+
+from ._config import _PRESETS
+from ._features import Columns
+from ._kinds import KINDS, Kind, QuestionAnswering
+from ._optimizers import OPTIMIZERS
+from ._options import PRECISIONS, flag, option
+
+_DATA = (
+    "a file (.tsv, .csv, .jsonl, .parquet, SQuAD's .json), a folder of a saved dataset, or "
+    "`owner/name:split` on the hub"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How examples are read and encoded, and on what they are computed."""
+
+    text_column: str | None = option(
+        None, "the column of texts (default: by the usual names)", group="data", metavar="NAME"
+    )
+    pair_column: str | None = option(
+        None, "the column of second texts, or of choices", group="data", metavar="NAME"
+    )
+    label_column: str | None = option(None, "the column of labels", group="data", metavar="NAME")
+    max_length: int | None = option(
+        None,
+        "tokens of an example at most (default: 128, and 384 for questions)",
+        group="data",
+        type=int,
+        metavar="N",
+    )
+    doc_stride: int = option(
+        128,
+        "of questions: tokens from one window of a long text to the next",
+        group="data",
+        type=int,
+        metavar="N",
+    )
+    max_query_length: int = option(
+        64, "of questions: tokens at most", group="data", type=int, metavar="N"
+    )
+    n_best: int = option(
+        20, "of questions: candidates that are considered", group="data", type=int, metavar="N"
+    )
+    max_answer_length: int = option(
+        30, "of questions: tokens of an answer at most", group="data", type=int, metavar="N"
+    )
+    threshold: float = option(
+        0.0,
+        "of questions: by how much the score of no answer has to be higher to be taken",
+        group="data",
+        type=float,
+        metavar="X",
+    )
+    tokenizer: str | None = option(
+        None,
+        "a spiece.model or tokenizer.json (default: the model's own)",
+        group="data",
+        metavar="FILE",
+    )
+    batch_size: int = option(
+        32, "examples in a batch, over all devices", group="computing", type=int, metavar="N"
+    )
+    precision: str = option("32-true", ", ".join(PRECISIONS), group="computing", metavar="NAME")
+    devices: str = option("auto", "how many devices, or auto", group="computing", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name, low in _LEAST.items():
+            value = getattr(self, name, None)
+            if value is not None and not value >= low:
+                raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"`--precision {self.precision}` is unknown; it is one of "
+                f"{', '.join(PRECISIONS)}.{nearest(self.precision, PRECISIONS)}"
+            )
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+            raise ValueError(f"`--devices {self.devices}` is neither `auto` nor a number above 0.")
+
+    def kind(self, name: str, longest: int) -> Kind:
+        """The kind of that name with these options, for a model of so many positions."""
+        columns = Columns(self.text_column, self.pair_column, self.label_column)
+        length = self.max_length or min(384 if name == "qa" else 128, longest)
+        if length > longest:
+            raise ValueError(
+                f"`--max-length {length}` is longer than the positions of the model: it has "
+                f"`max_position_embeddings={longest}`."
+            )
+        if KINDS[name] is QuestionAnswering:
+            return QuestionAnswering(
+                name,
+                columns,
+                length,
+                doc_stride=self.doc_stride,
+                max_query_length=self.max_query_length,
+                n_best=self.n_best,
+                max_answer_length=self.max_answer_length,
+                threshold=self.threshold,
+            )
+        return KINDS[name](name, columns, length)
+
+
+_LEAST = {
+    "max_length": 8,
+    "doc_stride": 1,
+    "max_query_length": 1,
+    "n_best": 1,
+    "max_answer_length": 1,
+    "batch_size": 1,
+    "epochs": 1,
+    "seeds": 1,
+    "seed": 0,
+    "warmup": 0,
+    "weight_decay": 0,
+    "clip": 0,
+    "accumulate": 1,
+    "unfreeze_every": 0,
+    "patience": 1,
+    "limit": 1,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(DataOptions):
+    """The options of `albert finetune`.
+
+    **Raises:** `ValueError` for a value that cannot be.
+    """
+
+    task: str = option(
+        "classification",
+        "classification (of one or two texts), multilabel (any number of labels a text, parted by "
+        "commas), regression (a number a text or pair), tokens (a label a word), choice (the "
+        "right one of several texts), qa (answers in a text, as SQuAD)",
+        group="data",
+        metavar="NAME",
+        choices=tuple(KINDS),
+    )
+    train: str | None = option(
+        None, f"examples to learn from: {_DATA}", group="data", metavar="DATA"
+    )
+    validation: str | None = option(
+        None,
+        "examples to choose the best epoch by, in the same forms",
+        group="data",
+        metavar="DATA",
+    )
+    limit: int | None = option(
+        None,
+        "learn from so many of the examples, the first ones",
+        group="data",
+        type=int,
+        metavar="N",
+    )
+    model: str = option(
+        "base",
+        "the folder of a run of `albert pretrain`, of a Hugging Face model, or a name on the hub; "
+        f"random weights: {', '.join(_PRESETS)}, or a config.json",
+        group="model and training",
+        metavar="NAME_OR_FOLDER",
+    )
+    epochs: int = option(
+        3, "passes over the examples", group="model and training", type=int, metavar="N"
+    )
+    lr: float | None = option(
+        None,
+        "the peak learning rate (default: 3e-5; 3e-4 for models less than 512 wide)",
+        group="model and training",
+        also=("--learning-rate",),
+        type=float,
+        metavar="X",
+    )
+    warmup: float = option(
+        0.1,
+        "share of the run over which it rises",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    optimizer: str = option(
+        "adamw", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+    )
+    weight_decay: float = option(
+        0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
+    )
+    clip: float = option(
+        1.0,
+        "clip gradients to this global norm; 0: not at all",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    accumulate: int = option(
+        1, "batches accumulated for one step", group="model and training", type=int, metavar="N"
+    )
+    dropout: float | None = option(
+        None,
+        "dropout in the model (default: what its configuration says)",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    layer_decay: float = option(
+        1.0,
+        "learning rate of each stage further from the output, times as fast",
+        group="model and training",
+        type=float,
+        metavar="X",
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "regular expressions of parameters that are not trained, such as embeddings",
+        group="model and training",
+        nargs="+",
+        metavar="REGEX",
+    )
+    unfreeze_every: int = option(
+        0,
+        "gradual unfreezing: steps from one stage to the next",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
+    patience: int | None = option(
+        None,
+        "stop after so many epochs without improvement on the validation examples",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
+    seed: int = option(
+        0, "of new weights, dropout and order", group="the run", type=int, metavar="N"
+    )
+    seeds: int = option(
+        1,
+        "train so many times, with seeds from --seed on; the best one is kept",
+        group="the run",
+        type=int,
+        metavar="N",
+    )
+    out: str = option("runs/finetune", "the folder of the run", group="the run", metavar="FOLDER")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train is None:
+            raise ValueError("There is nothing to learn from. Give some examples: `--train FILE`.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"`--optimizer {self.optimizer}` is unknown; it is one of "
+                f"{', '.join(OPTIMIZERS)}.{nearest(self.optimizer, OPTIMIZERS)}"
+            )
+        if not self.warmup < 1:
+            raise ValueError(f"`--warmup {self.warmup}` is a share of the run: write one below 1.")
+        if not self.layer_decay > 0:
+            raise ValueError(f"`--layer-decay {self.layer_decay}` has to be above 0.")
+        if self.lr is not None and not self.lr > 0:
+            raise ValueError(f"`--lr {self.lr}` has to be above 0.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"`--dropout {self.dropout}` has to be at least 0 and below 1.")
+        if self.patience is not None and self.validation is None:
+            raise ValueError(
+                "`--patience` counts epochs without improvement on validation examples. Give "
+                "some: `--validation FILE`."
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether the model begins with random weights."""
+        return self.model in _PRESETS or (
+            Path(self.model).is_file() and self.model.endswith(".json")
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(DataOptions):
+    """The options of `albert evaluate`."""
+
+    model: str = option(
+        "runs/finetune", "a fine-tuned model: its folder or name", group="data", metavar="FOLDER"
+    )
+    data: str | None = option(None, f"examples with labels: {_DATA}", group="data", metavar="DATA")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None:
+            raise ValueError("There is nothing to evaluate on. Give some examples: `--data FILE`.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PredictOptions(EvaluateOptions):
+    """The options of `albert predict`."""
+
+    data: str | None = option(None, f"examples: {_DATA}", group="data", metavar="DATA")
+    out: str | None = option(
+        None, "write a JSON object a line here (default: print)", group="data", metavar="FILE"
+    )

@@ -1,0 +1,364 @@
+"""The kinds of fine-tuning, by the names that the command line has for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlightning import Trainer
+
+from ._base import AlbertTask
+from ._classification import (
+    AlbertForMultipleChoice,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+)
+from ._encoded import BucketLoader, Encoded, bucket_lengths
+from ._features import (
+    Columns,
+    classification,
+    label_names,
+    multiple_choice,
+    token_classification,
+)
+from ._glue import METRICS
+from ._question_answering import AlbertForQuestionAnswering
+from ._squad import Answer, Windows, answered, answers, read_questions, windows
+from ._squad_metrics import squad_scores
+from ._tables import read_table
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Predictions = Mapping[str, Sequence[np.ndarray]]
+
+
+class Kind:
+    """One kind of fine-tuning: its data, its task, its scores, and how predictions are written.
+
+    **Arguments:**
+
+    - `name`: on the command line.
+    - `columns`, `max_length`: of its data.
+    """
+
+    task: type[AlbertTask] = AlbertForSequenceClassification
+    problem_type: str | None = None
+    monitor = "val/accuracy"
+    best = "max"
+
+    def __init__(self, name: str, columns: Columns, max_length: int):
+        self.name = name
+        self.columns = columns
+        self.max_length = max_length
+
+    def read(self, path: str, *, labelled: bool = True) -> Any:
+        """The examples of a file, unencoded."""
+        return read_table(path)
+
+    def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
+        """The labels to tell apart."""
+        return label_names(sources, self.columns, self.name)
+
+    def encode(
+        self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
+    ) -> Encoded:
+        return classification(
+            source,
+            tokenizer,
+            labels,
+            columns=self.columns,
+            max_length=self.max_length,
+            kind=self.name,
+            labelled=labelled,
+        )
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        """What the predictions are worth, by name, between 0 and 1."""
+        classes = np.asarray([logits.argmax() for logits in found["logits"]])
+        truth = examples.fixed["labels"]
+        names = ["accuracy", "f1", "matthews"] if len(labels) == 2 else ["accuracy", "matthews"]
+        return {name: METRICS[name](classes, truth) for name in names}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The predictions, to be written a line each."""
+        return [
+            {
+                "label": labels[int(logits.argmax())],
+                "probabilities": _named(_softmax(logits), labels),
+            }
+            for logits in found["logits"]
+        ]
+
+
+class Regression(Kind):
+    problem_type = "regression"
+    monitor = "val/pearson"
+
+    def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
+        return ("score",)
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        values = np.asarray([logits[0] for logits in found["logits"]])
+        truth = examples.fixed["labels"]
+        scores = {name: METRICS[name](values, truth) for name in ("pearson", "spearman")}
+        return scores | {"mean_squared_error": float(np.square(values - truth).mean())}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        return [{"score": float(logits[0])} for logits in found["logits"]]
+
+
+class MultiLabel(Kind):
+    problem_type = "multi_label_classification"
+    monitor = "val/f1"
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        chosen = (np.stack(found["logits"]) > 0).astype(np.int32).ravel()
+        truth = examples.fixed["labels"].astype(np.int32).ravel()
+        return {name: METRICS[name](chosen, truth) for name in ("accuracy", "f1")}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        return [
+            {
+                "labels": [label for label, x in zip(labels, logits, strict=True) if x > 0],
+                "probabilities": _named(1 / (1 + np.exp(-logits)), labels),
+            }
+            for logits in found["logits"]
+        ]
+
+
+class Tokens(Kind):
+    task = AlbertForTokenClassification
+
+    def encode(
+        self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
+    ) -> Encoded:
+        return token_classification(
+            source,
+            tokenizer,
+            labels,
+            columns=self.columns,
+            max_length=self.max_length,
+            labelled=labelled,
+        )
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        tags = examples.ragged["labels"]
+        right = []
+        for row, logits in enumerate(found["logits"]):
+            truth = tags.flat[tags.offsets[row] : tags.offsets[row + 1]]
+            known = truth >= 0
+            right.append((logits.argmax(-1) == truth)[known])
+        return {"accuracy": float(np.concatenate(right).mean())}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        words = examples.ragged["word_ids"]
+        written = []
+        for row, logits in enumerate(found["logits"]):
+            of = words.flat[words.offsets[row] : words.offsets[row + 1]]
+            firsts = (of >= 0) & (of != np.concatenate([[-1], of[:-1]]))
+            written.append({"tags": [labels[int(i)] for i in logits.argmax(-1)[firsts]]})
+        return written
+
+
+class Choice(Kind):
+    task = AlbertForMultipleChoice
+
+    def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
+        return ()
+
+    def encode(
+        self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
+    ) -> Encoded:
+        return multiple_choice(
+            source, tokenizer, columns=self.columns, max_length=self.max_length, labelled=labelled
+        )
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        chosen = np.asarray([logits.argmax() for logits in found["logits"]])
+        return {"accuracy": METRICS["accuracy"](chosen, examples.fixed["labels"])}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        return [
+            {"label": int(logits.argmax()), "probabilities": _softmax(logits).tolist()}
+            for logits in found["logits"]
+        ]
+
+
+class QuestionAnswering(Kind):
+    """**Arguments:**
+
+    - `doc_stride`, `max_query_length`: of `windows`.
+    - `n_best`, `max_answer_length`, `threshold`: of `answers`.
+    """
+
+    task = AlbertForQuestionAnswering
+
+    def __init__(
+        self,
+        name: str,
+        columns: Columns,
+        max_length: int,
+        *,
+        doc_stride: int = 128,
+        max_query_length: int = 64,
+        n_best: int = 20,
+        max_answer_length: int = 30,
+        threshold: float = 0.0,
+    ):
+        super().__init__(name, columns, max_length)
+        self.doc_stride = doc_stride
+        self.max_query_length = max_query_length
+        self.n_best = n_best
+        self.max_answer_length = max_answer_length
+        self.threshold = threshold
+        self._windows: dict[int, Windows] = {}
+
+    def read(self, path: str, *, labelled: bool = True) -> Any:
+        return read_questions(path, labelled=labelled)
+
+    def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
+        return ()
+
+    def encode(
+        self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
+    ) -> Encoded:
+        found = windows(
+            source,
+            tokenizer,
+            max_length=self.max_length,
+            doc_stride=self.doc_stride,
+            max_query_length=self.max_query_length,
+            labelled=labelled,
+        )
+        if labelled and not any(found.examples.fixed["start_positions"]):
+            raise ValueError(
+                "No window holds an answer: every context is longer than all windows, or no "
+                "question has an answer. Raise `--max-length`."
+            )
+        self._windows[id(found.examples)] = found
+        return found.examples
+
+    def answers(self, found: Predictions, source: Any, examples: Encoded) -> dict[str, Answer]:
+        return answers(
+            self._windows[id(examples)],
+            found["start_logits"],
+            found["end_logits"],
+            n_best=self.n_best,
+            max_answer_length=self.max_answer_length,
+            may_be_none=any(not one.answers for one in source),
+            threshold=self.threshold,
+        )
+
+    def scores(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> dict[str, float]:
+        said = self.answers(found, source, examples)
+        texts = {name: answer.text for name, answer in said.items()}
+        none = {name: answer.no_answer for name, answer in said.items()}
+        unsure = none if any(not one.answers for one in source) else None
+        scores = squad_scores(answered(source), texts, unsure)
+        return {k: v if k.endswith("threshold") else v / 100 for k, v in scores.items()}
+
+    def rows(
+        self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        said = self.answers(found, source, examples)
+        return [
+            {
+                "id": name,
+                "answer": answer.text,
+                "no_answer": answer.no_answer,
+                "candidates": [one._asdict() for one in answer.candidates],
+            }
+            for name, answer in said.items()
+        ]
+
+
+KINDS: Mapping[str, type[Kind]] = {
+    "classification": Kind,
+    "regression": Regression,
+    "multilabel": MultiLabel,
+    "tokens": Tokens,
+    "choice": Choice,
+    "qa": QuestionAnswering,
+}
+
+
+def kind_of(task: AlbertTask) -> str:
+    """The kind that a task is of."""
+    for name, kind in KINDS.items():
+        same = kind.problem_type == getattr(task.config, "problem_type", None) or (
+            kind.problem_type is None and task.config.problem_type == "single_label_classification"
+        )
+        if type(task) is kind.task and (same or kind.task is not AlbertForSequenceClassification):
+            return name
+    raise ValueError(
+        f"A `{type(task).__name__}` is no fine-tuned task: it is none of "
+        f"{', '.join(f'`{kind.task.__name__}`' for kind in KINDS.values())}."
+    )
+
+
+def predicted(
+    trainer: Trainer, task: AlbertTask, examples: Encoded, batch_size: int
+) -> dict[str, list[np.ndarray]]:
+    """What `predict_step` gives for each example, without padding, in their order."""
+    lengths = examples.lengths
+    buckets = np.asarray(bucket_lengths(lengths))
+    place = np.searchsorted(buckets, lengths)
+    rows = {int(buckets[i]): np.flatnonzero(place == i) for i in np.unique(place)}
+    loaders = {
+        str(length): BucketLoader(examples.select(some), batch_size, buckets=(length,))
+        for length, some in rows.items()
+    }
+    outputs = trainer.predict(task, loaders)
+    found: dict[str, list[np.ndarray]] = {}
+    for length, some in rows.items():
+        for name, array in outputs[str(length)].items():
+            kept = found.setdefault(name, [np.empty(0)] * len(examples))
+            by_token = isinstance(task, AlbertForTokenClassification | AlbertForQuestionAnswering)
+            for row, value in zip(some.tolist(), array[: len(some)], strict=True):
+                kept[row] = value[: lengths[row]] if by_token else value
+    return found
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def _named(values: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    return {label: round(float(x), 6) for label, x in zip(labels, values, strict=True)}
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line, all or nothing."""
+    scratch = path.with_name(f".{path.name}-writing")
+    with scratch.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    scratch.replace(path)
