@@ -14,10 +14,7 @@ from ._config import AlbertConfig as AlbertConfig
 from ._convert import from_pretrained as from_pretrained
 from ._convert import save_pretrained as save_pretrained
 from ._data import PretrainingData as PretrainingData
-from ._data import TokenStore as TokenStore
 from ._data import UnigramBaseline as UnigramBaseline
-from ._data import encode_documents as encode_documents
-from ._data import open_tokens as open_tokens
 from ._fill_mask import Filled as Filled
 from ._fill_mask import Guess as Guess
 from ._fill_mask import fill_mask as fill_mask
@@ -37,6 +34,9 @@ from ._rows import check_vocabulary as check_vocabulary
 from ._squad_metrics import Answered as Answered
 from ._squad_metrics import questions_of as questions_of
 from ._squad_metrics import squad_scores as squad_scores
+from ._store import TokenStore as TokenStore
+from ._store import encode_documents as encode_documents
+from ._store import open_tokens as open_tokens
 from ._tasks import AlbertForMaskedLM as AlbertForMaskedLM
 from ._text import DatasetText as DatasetText
 from ._text import TextFiles as TextFiles

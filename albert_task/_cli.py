@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.pop("command") is None:
         parser.print_help()
         return 2
-    given["text"] = tuple(given["text"])
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     try:
         return _pretrain(given)
     except KeyboardInterrupt:

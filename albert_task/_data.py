@@ -1,181 +1,18 @@
-"""Tokens on disk, and fixed-length rows of them."""
+"""Rows of tokens to pretrain on, split into training and validation."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 
 from jaxlightning.data import DataLoader, DataModule
 
-from ._corpus import Document
-from ._tokenizer import SpecialIds, special_ids, tokenizer_hash
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_FORMAT = 1
-_DTYPES = ("<u2", "<i4")  # for vocabularies up to 65,536 pieces, and larger ones
-_CHUNK = 1 << 20  # characters that are encoded at once
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenStore:
-    """Encoded documents, memory-mapped: `tokens[offsets[i]:offsets[i + 1]]` is document i.
-
-    Each document ends in a [SEP] and has no [CLS]. `header` says what the tokens were made with.
-    """
-
-    folder: Path
-    tokens: Shaped[np.ndarray, " tokens"]
-    offsets: Int[np.ndarray, " documents_and_one"]
-    header: dict[str, Any]
-
-    @property
-    def special(self) -> SpecialIds:
-        return SpecialIds(**self.header["special"])
-
-    @property
-    def vocab_size(self) -> int:
-        return self.header["vocab_size"]
-
-    def __len__(self) -> int:
-        """Documents."""
-        return len(self.offsets) - 1
-
-
-def encode_documents(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    folder: str | Path,
-    *,
-    text: str,
-    progress: Callable[[int], None] | None = None,
-) -> TokenStore:
-    """Encodes documents into a token store: `tokens.bin`, `offsets.npy`, `header.json`.
-
-    A document's lines are encoded one by one and joined: a new line counts as a space. The folder
-    appears whole or not at all.
-
-    **Arguments:**
-
-    - `text`: the fingerprint of the text, kept in the header.
-    - `progress`: called with the number of characters done so far.
-
-    **Raises:** `ValueError` where there is nothing to encode.
-    """
-    folder = Path(folder)
-    special = special_ids(tokenizer)
-    vocab_size = tokenizer.get_vocab_size()
-    dtype = np.dtype(_DTYPES[vocab_size > 1 << 16])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        lengths: list[int] = []
-        done = 0
-        with (scratch / "tokens.bin").open("wb") as file:
-            for block in _blocks(documents):
-                lines = [document.text.split("\n") for document in block]
-                encoded = iter(
-                    tokenizer.encode_batch_fast(list(chain(*lines)), add_special_tokens=False)
-                )
-                for own in lines:
-                    ids = [number for _ in own for number in next(encoded).ids]
-                    if not ids:
-                        continue
-                    np.asarray([*ids, special.sep], dtype).tofile(file)
-                    lengths.append(len(ids) + 1)
-                done += sum(len(document.text) for document in block)
-                if progress is not None:
-                    progress(done)
-        if not lengths:
-            raise ValueError("There is no text to encode: no document has a token.")
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        np.save(scratch / "offsets.npy", offsets)
-        header = {
-            "format": _FORMAT,
-            "dtype": dtype.str,
-            "tokens": int(offsets[-1]),
-            "documents": len(lengths),
-            "vocab_size": vocab_size,
-            "special": special._asdict(),
-            "tokenizer": tokenizer_hash(tokenizer),
-            "text": text,
-        }
-        (scratch / "header.json").write_text(json.dumps(header, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    return open_tokens(folder)
-
-
-def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    block: list[Document] = []
-    size = 0
-    for document in documents:
-        block.append(document)
-        size += len(document.text)
-        if size >= _CHUNK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
-
-
-def open_tokens(
-    folder: str | Path, *, tokenizer: Tokenizer | None = None, text: str | None = None
-) -> TokenStore:
-    """Opens a token store, and checks that it is whole and made of what is expected.
-
-    **Raises:** `FileNotFoundError` where there is none; `ValueError` where it is damaged, or was
-    made with another tokenizer or from other text.
-    """
-    folder = Path(folder)
-    if not (folder / "header.json").is_file():
-        raise FileNotFoundError(f"There are no encoded tokens in `{folder}`.")
-    remedy = f"Delete `{folder}`, and it is made anew."
-    try:
-        header = json.loads((folder / "header.json").read_text())
-        if header["dtype"] not in _DTYPES:  # an object's bytes would be taken for its address
-            raise ValueError(f"`{str(header['dtype'])[:100]}` is no dtype of tokens")
-        dtype = np.dtype(header["dtype"])
-        # Mapped, so that what it says of its size is held against the file before memory is asked.
-        offsets = np.array(np.load(folder / "offsets.npy", mmap_mode="r"))
-        size = (folder / "tokens.bin").stat().st_size
-        whole = (
-            header["format"] == _FORMAT
-            and size == header["tokens"] * dtype.itemsize
-            and (offsets.dtype, offsets.shape) == (np.int64, (header["documents"] + 1,))
-            and (offsets[0], offsets[-1]) == (0, header["tokens"])
-            and bool((np.diff(offsets) > 0).all())
-        )
-        SpecialIds(**header["special"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"The tokens in `{folder}` are damaged: {error}. {remedy}") from None
-    if not whole:
-        raise ValueError(
-            f"The tokens in `{folder}` are damaged: sizes do not agree with the header. {remedy}"
-        )
-    expected = {"tokenizer": tokenizer and tokenizer_hash(tokenizer), "text": text}
-    for name, value in expected.items():
-        if value is not None and header[name] != value:
-            raise ValueError(
-                f"The tokens in `{folder}` were made with another {name} (`{header[name]}`, "
-                f"expected `{value}`). {remedy}"
-            )
-    tokens = np.memmap(folder / "tokens.bin", dtype, mode="r", shape=(header["tokens"],))
-    return TokenStore(folder, tokens, offsets, header)
+from ._segments import RowLoader, SegmentRows
+from ._store import TokenStore
+from ._tokenizer import SpecialIds
 
 
 class TokenRows:
@@ -317,14 +154,19 @@ def _shares(counts: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
 
 
 class PretrainingData(DataModule):
-    """Rows for masked language modelling, split into training and validation by document.
+    """Rows to pretrain on, split into training and validation by document.
+
+    By default rows are one long stream of all text (`TokenRows`); with `pairs` or `packed` they
+    are documents' own texts (`SegmentRows`).
 
     **Arguments:**
 
-    - `store`: from `encode_documents` or `open_tokens`.
+    - `stores`: from `encode_documents` or `open_tokens`; several are mixed.
+    - `weights`: of several stores, in any unit; by default their sizes.
     - `seq_len`: tokens in a row, [CLS] and [SEP] included.
+    - `pairs`, `packed`, `short`: of `SegmentRows`; `pairs` are for `AlbertForPreTraining`.
     - `batch_size`, `val_batch_size`: rows in a batch.
-    - `val_fraction`: of the tokens, kept for validation, in whole documents.
+    - `val_fraction`: of each store's tokens, kept for validation, in whole documents.
     - `max_val_rows`: validation uses this many rows at most, spread evenly over them.
     - `seed`: of the split and of the order of the training rows.
 
@@ -333,33 +175,77 @@ class PretrainingData(DataModule):
 
     def __init__(
         self,
-        store: TokenStore,
+        stores: TokenStore | Sequence[TokenStore],
         *,
+        weights: Sequence[float] | None = None,
         seq_len: int = 128,
+        pairs: bool = False,
+        packed: bool = False,
+        short: float = 0.1,
         batch_size: int = 32,
         val_batch_size: int | None = None,
         val_fraction: float = 0.05,
         max_val_rows: int | None = None,
         seed: int = 0,
     ):
-        train, validation = split_documents(store, val_fraction, seed)
-        self.store = store
-        self.train_rows = TokenRows(store, train, seq_len)
-        self.val_rows = TokenRows(store, validation, seq_len, max_val_rows)
+        self.stores = [stores] if isinstance(stores, TokenStore) else list(stores)
+        if weights is not None and len(weights) != len(self.stores):
+            raise ValueError(
+                f"There are {len(weights)} `weights`, but {len(self.stores)} sources of text."
+            )
+        self.weights = weights
+        self.segmented = pairs or packed or len(self.stores) > 1
+        self.train_rows: list[TokenRows | SegmentRows] = []
+        self.val_rows: list[TokenRows | SegmentRows] = []
+        how: dict[str, Any] = {"pairs": pairs, "packed": packed, "seed": seed}
+        limit = None if max_val_rows is None else -(-max_val_rows // len(self.stores))
+        for store in self.stores:
+            train, validation = split_documents(store, val_fraction, seed)
+            if self.segmented:
+                fixed: dict[str, Any] = {"short": 0.0, "shuffle": False, "limit": limit}
+                self.train_rows.append(SegmentRows(store, train, seq_len, short=short, **how))
+                self.val_rows.append(SegmentRows(store, validation, seq_len, **fixed, **how))
+            else:
+                self.train_rows.append(TokenRows(store, train, seq_len))
+                self.val_rows.append(TokenRows(store, validation, seq_len, limit))
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.seed = seed
 
-    def train_dataloader(self) -> DataLoader:
+    @property
+    def store(self) -> TokenStore:
+        """The first one, with what all have in common: vocabulary and special tokens."""
+        return self.stores[0]
+
+    def train_dataloader(self) -> DataLoader | RowLoader:
+        if self.segmented:
+            weights = None
+            if self.weights is not None:
+                weights = {str(i): weight for i, weight in enumerate(self.weights)}
+            return RowLoader(_named(self.train_rows), self.batch_size, weights=weights)
         return DataLoader(
-            self.train_rows, self.batch_size, shuffle=True, seed=self.seed, drop_last=True
+            self.train_rows[0], self.batch_size, shuffle=True, seed=self.seed, drop_last=True
         )
 
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_rows, self.val_batch_size)
+    def val_dataloader(self) -> Any:
+        """One loader, or one by the number of each source."""
+        if not self.segmented:
+            return DataLoader(self.val_rows[0], self.val_batch_size)
+        loaders = {
+            name: RowLoader(rows, self.val_batch_size, drop_last=False)
+            for name, rows in _named(self.val_rows).items()
+        }
+        return loaders if len(loaders) > 1 else loaders["0"]
+
+    def counts(self) -> Int[np.ndarray, " vocab"]:
+        """How often each piece can be masked in training. Reads all rows once."""
+        return sum(rows.counts() for rows in self.train_rows)  # type: ignore[return-value]
 
     def baseline(self) -> UnigramBaseline:
         """What a model without context reaches on these rows. Reads all of them once."""
-        return unigram_baseline(
-            self.train_rows.counts(), self.val_rows.counts(), self.store.special
-        )
+        validation: Any = sum(rows.counts() for rows in self.val_rows)
+        return unigram_baseline(self.counts(), validation, self.store.special)
+
+
+def _named(rows: Sequence[Any]) -> dict[str, SegmentRows]:
+    return {str(number): of for number, of in enumerate(rows)}

@@ -12,7 +12,16 @@ from typing import Any
 from ._config import _PRESETS, AlbertConfig
 from ._optimizers import OPTIMIZERS
 
-SCHEDULES = ("constant", "linear", "cosine", "polynomial", "exponential", "inverse_sqrt")
+OBJECTIVES = ("mlm", "mlm+sop")
+SCHEDULES = (
+    "reference",
+    "constant",
+    "linear",
+    "cosine",
+    "polynomial",
+    "exponential",
+    "inverse_sqrt",
+)
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 _PEAKS = {"base": 5e-4, "large": 3e-4, "xlarge": 1e-4, "xxlarge": 1e-4}
@@ -74,6 +83,63 @@ class PretrainOptions:
         1024, "rows a validation uses at most", group="data", type=int, metavar="N"
     )
 
+    weights: tuple[float, ...] = option(
+        (),
+        "mix the globs of --text by these weights, one each (default: all text alike)",
+        group="data",
+        nargs="+",
+        type=float,
+        metavar="X",
+    )
+    streaming: bool = option(
+        False,
+        "read a hub dataset as it comes, without a download of all of it first",
+        group="data",
+        action="store_true",
+    )
+
+    objective: str = option(
+        "mlm",
+        f"{' or '.join(OBJECTIVES)}: masked tokens alone, or also the order of two segments, as "
+        "in the paper",
+        group="objective",
+        metavar="NAME",
+    )
+    ngram: int = option(
+        0,
+        "mask up to so many whole words together, 3 in the paper; 0: single tokens",
+        group="objective",
+        type=int,
+        metavar="N",
+    )
+    mask_probability: float = option(
+        0.15,
+        "share of the tokens that are to be predicted",
+        group="objective",
+        type=float,
+        metavar="X",
+    )
+    predictions: int | None = option(
+        None,
+        "in place of that: so many in each row, such as 20 of 128",
+        group="objective",
+        type=int,
+        metavar="N",
+    )
+    packed: bool = option(
+        False,
+        "fill rows with documents' own texts, which do not see each other, and no padding",
+        group="objective",
+        action="store_true",
+    )
+    short: float = option(
+        0.1,
+        "probability of a shorter text, with --objective mlm+sop or --packed",
+        group="objective",
+        type=float,
+        metavar="X",
+    )
+
     model: str = option(
         "small",
         f"{', '.join(_PRESETS)}, or a config.json",
@@ -109,12 +175,26 @@ class PretrainOptions:
     )
     schedule: str = option(
         "cosine",
-        f"of the learning rate after the warm-up: {', '.join(SCHEDULES)}",
+        f"of the learning rate after the warm-up: {', '.join(SCHEDULES)}; `reference` is that of "
+        "google-research/albert",
         group="model and training",
         metavar="NAME",
     )
     optimizer: str = option(
         "muon", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+    )
+    scale_lr: bool = option(
+        False,
+        "--lr is meant for batches of 4,096 rows, and scaled by the square root for others",
+        group="model and training",
+        action="store_true",
+    )
+    ema: float | None = option(
+        None,
+        "keep an exponential moving average of the weights with this decay, and use it",
+        group="model and training",
+        type=float,
+        metavar="X",
     )
     weight_decay: float = option(
         0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
@@ -136,13 +216,6 @@ class PretrainOptions:
     clip: float = option(
         1.0,
         "clip gradients to this global norm; 0: not at all",
-        group="model and training",
-        type=float,
-        metavar="X",
-    )
-    mask_probability: float = option(
-        0.15,
-        "share of the tokens that are to be predicted",
         group="model and training",
         type=float,
         metavar="X",
@@ -229,6 +302,23 @@ class PretrainOptions:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_numbers(self)
+        if self.weights and len(self.weights) != len(self.text):
+            raise ValueError(
+                f"There are {len(self.weights)} `--weights`, but {len(self.text)} globs of "
+                "`--text`. Give one weight for each."
+            )
+        if self.streaming and not self.dataset:
+            raise ValueError("`--streaming` says something about `--dataset`: give both.")
+        if self.schedule == "reference" and self.epochs is not None:
+            raise ValueError(
+                "`--schedule reference` falls from the first step to the last, and so needs "
+                "their number: `--steps N` in place of `--epochs`."
+            )
+        if self.predictions is not None and not self.predictions < self.seq_len:
+            raise ValueError(
+                f"`--predictions {self.predictions}` of rows of `--seq-len {self.seq_len}` "
+                "leave nothing to predict from."
+            )
         if self.text and self.dataset:
             raise ValueError("`--text` and `--dataset` are two sources of text. Give one of them.")
         for name, needs in (
@@ -307,6 +397,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 def _check_choices(options: PretrainOptions) -> None:
     choices: Mapping[str, Iterable[str]] = {
+        "objective": OBJECTIVES,
         "optimizer": OPTIMIZERS,
         "schedule": SCHEDULES,
         "precision": PRECISIONS,
@@ -343,6 +434,10 @@ def _check_numbers(options: PretrainOptions) -> None:
         "clip": 0,
         "dropout": 0,
         "seed": 0,
+        "ngram": 0,
+        "predictions": 1,
+        "short": 0,
+        "ema": 0,
         "eval_interval": 1,
         "log_interval": 1,
         "patience": 1,
@@ -355,8 +450,9 @@ def _check_numbers(options: PretrainOptions) -> None:
         value = getattr(options, name)
         if value is not None and not value >= low:
             raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
-    for name in ("b1", "b2"):
-        if not getattr(options, name) < 1:
+    for name in ("b1", "b2", "short", "ema"):
+        value = getattr(options, name)
+        if value is not None and not value < 1:
             raise ValueError(f"`{flag(name)} {getattr(options, name)}` has to be below 1.")
     for name in ("val_fraction", "mask_probability"):
         value = getattr(options, name)

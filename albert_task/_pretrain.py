@@ -18,6 +18,7 @@ from jaxlightning._flops import matmul_peak
 from jaxlightning._hardware import device_peak
 from jaxlightning.callbacks import (
     EarlyStopping,
+    ExponentialMovingAverage,
     LearningRateMonitor,
     LearningRateSchedule,
     ModelCheckpoint,
@@ -28,10 +29,13 @@ from jaxlightning.callbacks import (
 )
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
+from ._convert import save_pretrained
 from ._fill_mask import fill_mask
 from ._options import PretrainOptions
+from ._pretraining_task import AlbertForPreTraining
 from ._stages import Prepared, begin_run, read_json, write_json
 from ._tasks import AlbertForMaskedLM
+from ._tokenizer import WordStarts
 
 SENTENCES = (
     "the quick [MASK] fox jumps over the [MASK] dog.",
@@ -124,8 +128,13 @@ def _callbacks(options: PretrainOptions, folder: Path) -> list[Callback]:
     stopping: list[Callback] = []
     if options.patience is not None:
         stopping = [EarlyStopping("val/loss", patience=options.patience)]
+    schedule: list[Callback] = []
+    if options.schedule != "reference":  # which is the recipe's own
+        schedule = [LearningRateSchedule(options.schedule, warmup=options.warmup_amount)]
+    averages = [] if options.ema is None else [ExponentialMovingAverage(options.ema)]
     return [
-        LearningRateSchedule(options.schedule, warmup=options.warmup_amount),
+        *schedule,
+        *averages,
         LearningRateMonitor(),
         SkipNonFinite(),
         ThroughputMonitor(tokens=lambda batch: batch["input_ids"].size),
@@ -154,16 +163,29 @@ def new_task(
     unigram entropy and spends no step on learning how common each piece is.
     """
     options = prepared.options
-    task = AlbertForMaskedLM.init(
+    kind = AlbertForPreTraining if options.objective == "mlm+sop" else AlbertForMaskedLM
+    recipe: dict[str, Any] = {}
+    if options.schedule == "reference":
+        recipe = {
+            "schedule": "polynomial",
+            "total_steps": options.steps,
+            "warmup_steps": round(options.warmup * (options.steps if options.warmup < 1 else 1)),
+        }
+    task = kind.init(
         prepared.config,
         key,
         special=prepared.data.store.special,
         mask_rate=options.mask_probability,
+        predictions=options.predictions,
+        max_ngram=max(1, options.ngram),
+        word_starts=WordStarts.of(prepared.tokenizer) if options.ngram else None,
         optimizer=options.optimizer,
         learning_rate=options.peak,
+        batch_size=options.batch_size * options.accumulate if options.scale_lr else None,
         weight_decay=options.weight_decay,
         b1=options.b1,
         b2=options.b2,
+        **recipe,
     )
     bias = jnp.log(jnp.asarray(frequencies, jnp.float32))
     return eqx.tree_at(lambda task: task.head.bias, task, bias)
@@ -178,7 +200,7 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     """Trains, and gathers what there is to say about it."""
     data, options = prepared.data, prepared.options
     baseline = data.baseline()
-    frequencies = _smoothed(data.train_rows.counts())
+    frequencies = _smoothed(data.counts())
     begin_run(prepared)
     task: Any = trainer.fit(
         lambda key: new_task(key, prepared, frequencies), datamodule=data, resume="auto"
@@ -190,14 +212,20 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         path = saved.best_model_path
         task = load_weights(path, task)
         scores = _scores(task, prepared)
+    model = prepared.folder / "model"
+    save_pretrained(task, model, prepared.tokenizer)
     steps = trainer.global_step
     return {
+        "model": str(model),
         "steps": steps,
         "epochs": trainer.current_epoch,
         "stopped": trainer.stop_reason,
         "limits": _limits(options),
         "val_loss": scores["val/loss"],
+        "val_mlm": scores.get("val/mlm", scores["val/loss"]),
         "val_accuracy": scores["val/accuracy"],
+        "val_perplexity": scores["val/perplexity"],
+        "val_sop_accuracy": scores.get("val/sop_accuracy"),
         "baseline": baseline._asdict() | {"piece": prepared.tokenizer.id_to_token(baseline.piece)},
         "parameters": sum(x.size for x in jax.tree.leaves(eqx.filter(task, eqx.is_array))),
         "tokens": steps * options.batch_size * options.accumulate * options.seq_len,
@@ -268,7 +296,7 @@ def report(result: dict[str, Any]) -> str:
         ("", "model", "unigram baseline"),
         (
             "validation loss",
-            f"{result['val_loss']:.3f}",
+            f"{result['val_mlm']:.3f}",
             f"{base['cross_entropy']:.3f} (entropy of the text {base['entropy']:.3f})",
         ),
         (
@@ -277,6 +305,9 @@ def report(result: dict[str, Any]) -> str:
             f"{base['accuracy']:.1%} (always `{base['piece']}`)",
         ),
     ]
+    rows.append(("perplexity", f"{result['val_perplexity']:.1f}", ""))
+    if result["val_sop_accuracy"] is not None:
+        rows.append(("sentence order", f"{result['val_sop_accuracy']:.1%}", "50.0%"))
     width = max(len(value) for _, value, _ in rows) + 2
     lines = ["", *(f"{name:<17}{value:<{width}}{other}" for name, value, other in rows), ""]
     facts = {
@@ -285,6 +316,7 @@ def report(result: dict[str, Any]) -> str:
         "speed": _described_speed(result),
         "logs": f"{result['logs']} (tensorboard --logdir {result['logs']})",
         "checkpoint": result["checkpoint"],
+        "for fine-tuning": result["model"],
     }
     lines += [f"{name:<17}{value}" for name, value in facts.items() if value]
     lines += ["", "What the model fills in:"]

@@ -25,9 +25,10 @@ from jaxlightning._checkpoint_files import RunLock, RunLocked
 
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
-from ._data import PretrainingData, TokenStore, encode_documents, open_tokens
+from ._data import PretrainingData
 from ._options import PretrainOptions, flag
-from ._text import TextFiles, TextSource, open_dataset
+from ._store import TokenStore, encode_documents, open_tokens
+from ._text import AllText, TextFiles, TextSource, open_dataset
 from ._tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def prepare(options: PretrainOptions) -> Prepared:
     folder = run_folder(options.out)
     options.config()
     tokenizer = _given_tokenizer(options)
-    source = _source(options, folder)
+    sources = _sources(options, folder)
+    source = AllText(sources)
     text = source.fingerprint()
     identity = _identity(options, text, tokenizer)
     check_same_run(folder, identity)
@@ -76,10 +78,17 @@ def prepare(options: PretrainOptions) -> Prepared:
     if tokenizer is None:
         tokenizer = _trained_tokenizer(options, source, text, size, folder)
     config = options.config(tokenizer.get_vocab_size())
-    store = _tokens(source, text, size, tokenizer, folder)
+    stores = [
+        _tokens(one, size, tokenizer, folder / ("tokens" if len(sources) == 1 else f"tokens-{i}"))
+        for i, one in enumerate(sources)
+    ]
     data = PretrainingData(
-        store,
+        stores,
+        weights=options.weights or None,
         seq_len=options.seq_len,
+        pairs=options.objective == "mlm+sop",
+        packed=options.packed,
+        short=options.short,
         batch_size=options.batch_size,
         val_fraction=options.val_fraction,
         max_val_rows=options.val_rows,
@@ -128,13 +137,27 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
     # What the text and the tokenizer hold counts, not where they lie.
-    kept = (*_FREE, "text", "dataset", "dataset_config", "text_column", "split", "tokenizer")
+    kept = (
+        *_FREE,
+        "text",
+        "streaming",
+        "dataset",
+        "dataset_config",
+        "text_column",
+        "split",
+        "tokenizer",
+    )
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in kept}
-    return chosen | {
-        "text": text,
-        "tokenizer": tokenizer and tokenizer_hash(tokenizer),
-        "lr": options.peak,
-    }
+    listed = {k: list(v) for k, v in chosen.items() if isinstance(v, tuple)}  # as JSON has them
+    return (
+        chosen
+        | listed
+        | {
+            "text": text,
+            "tokenizer": tokenizer and tokenizer_hash(tokenizer),
+            "lr": options.peak,
+        }
+    )
 
 
 def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
@@ -202,16 +225,20 @@ def stage(title: str, total: int | None = None, unit: str = "it") -> Iterator[tq
         yield bar
 
 
-def _source(options: PretrainOptions, folder: Path) -> TextSource:
+def _sources(options: PretrainOptions, folder: Path) -> list[TextSource]:
+    if options.weights:
+        return [TextFiles(pattern, options.text_column) for pattern in options.text]
     if options.text:
-        return TextFiles(options.text, options.text_column)
+        return [TextFiles(options.text, options.text_column)]
     if options.dataset:
-        return open_dataset(
+        found = open_dataset(
             options.dataset,
             configuration=options.dataset_config,
             column=options.text_column,
             split=options.split,
+            streaming=options.streaming,
         )
+        return [found]
     path = folder / "corpus.jsonl"
     if not path.is_file():
         sources = python_sources()
@@ -219,7 +246,7 @@ def _source(options: PretrainOptions, folder: Path) -> TextSource:
             corpus = build_corpus(sources, progress=lambda done, _: bar.update(done - bar.n))
         print(corpus.summary())
         write_corpus(corpus, path)
-    return TextFiles(path)
+    return [TextFiles(path)]
 
 
 def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
@@ -237,7 +264,7 @@ def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
 
 
 def _trained_tokenizer(
-    options: PretrainOptions, source: TextSource, text: str, size: _Size, folder: Path
+    options: PretrainOptions, source: AllText, text: str, size: _Size, folder: Path
 ) -> Tokenizer:
     path, made_of = folder / "tokenizer.json", folder / "tokenizer.made-of.json"
     vocab_size = options.vocab_size or options.own_vocab_size or _VOCAB_SIZE
@@ -258,7 +285,7 @@ def _trained_tokenizer(
     return tokenizer
 
 
-def _train(source: TextSource, vocab_size: int, every: int, bar: tqdm[Any]) -> Tokenizer:
+def _train(source: AllText, vocab_size: int, every: int, bar: tqdm[Any]) -> Tokenizer:
     """Trains in a thread, which leaves the bar's clock running and Ctrl-C at work."""
 
     def texts() -> Iterator[str]:
@@ -287,7 +314,7 @@ def _train(source: TextSource, vocab_size: int, every: int, bar: tqdm[Any]) -> T
     return outcome[0]
 
 
-def _read(source: TextSource) -> tuple[int, int]:
+def _read(source: AllText) -> tuple[int, int]:
     """The number of documents and of characters: what cannot be read is found here."""
     documents = characters = 0
     with stage("Reading", unit="document") as bar:
@@ -300,17 +327,16 @@ def _read(source: TextSource) -> tuple[int, int]:
     return documents, characters
 
 
-def _tokens(
-    source: TextSource, text: str, size: _Size, tokenizer: Tokenizer, folder: Path
-) -> TokenStore:
+def _tokens(source: TextSource, size: _Size, tokenizer: Tokenizer, folder: Path) -> TokenStore:
+    text = source.fingerprint()
     with contextlib.suppress(OSError, ValueError):  # there is none, or not of this text
-        return open_tokens(folder / "tokens", tokenizer=tokenizer, text=text)
+        return open_tokens(folder, tokenizer=tokenizer, text=text)
     _, characters = size()
     with stage("Encoding", characters, "B") as bar:
         return encode_documents(
             source,
             tokenizer,
-            folder / "tokens",
+            folder,
             text=text,
             progress=lambda done: bar.update(done - bar.n),
         )

@@ -282,8 +282,55 @@ class DatasetText:
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
-TextSource = TextFiles | DatasetText
+class StreamedText:
+    """Documents of a `datasets.IterableDataset`, which is read as it comes: the strings of one
+    column, a row each.
+
+    It is told from others by its name, not by what it holds.
+    """
+
+    def __init__(self, dataset: Any, column: str | None = None, *, name: str = "The dataset"):
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"{name} is empty: it has no rows.")
+        strings = [key for key, value in first.items() if isinstance(value, str)]
+        self.dataset = dataset
+        self.column = text_column(list(first), strings, column, name)
+        self.name = name
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, row in enumerate(self.dataset):
+            text = row[self.column]
+            if text and text.strip():
+                yield Document(f"row {number}", text)
+
+    def fingerprint(self) -> str:
+        """A hash of the dataset's name, version and column."""
+        info = getattr(self.dataset, "info", None)
+        version = getattr(info, "version", None)
+        return hashlib.sha256(f"{self.name} {version} {self.column}".encode()).hexdigest()[:16]
+
+
+TextSource = TextFiles | DatasetText | StreamedText
 """Documents that can be read again and again, and the fingerprint that tells them from others."""
+
+
+class AllText:
+    """The documents of several sources, one source after the other."""
+
+    def __init__(self, sources: Sequence[TextSource]):
+        self.sources = sources
+
+    def __iter__(self) -> Iterator[Document]:
+        for source in self.sources:
+            yield from source
+
+    def fingerprint(self) -> str:
+        """That of the only source, or a hash of all of them."""
+        found = [source.fingerprint() for source in self.sources]
+        return (
+            found[0] if len(found) == 1 else hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+        )
 
 
 def open_dataset(
@@ -292,6 +339,7 @@ def open_dataset(
     configuration: str | None = None,
     column: str | None = None,
     split: str = "train",
+    streaming: bool = False,
 ) -> TextSource:
     """Text from the `datasets` library's world.
 
@@ -302,6 +350,7 @@ def open_dataset(
     - `configuration`: of a dataset on the hub that has several.
     - `column`: where the text is; by default `text`, or the only column of strings.
     - `split`: of a dataset that has several.
+    - `streaming`: whether to read a dataset on the hub as it comes, without a download of all.
 
     **Raises:** `ValueError` for a column or split that is not there, with those found;
     `FileNotFoundError` where the hub has no such dataset or cannot be reached.
@@ -316,15 +365,16 @@ def open_dataset(
         dataset = datasets.load_from_disk(str(path))
     else:
         try:
-            dataset = datasets.load_dataset(str(name), configuration)
+            dataset = datasets.load_dataset(str(name), configuration, streaming=streaming)
         except Exception as error:
             raise FileNotFoundError(
                 f"`{name}` is no folder here, and the hub did not give a dataset of that name: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    if isinstance(dataset, datasets.DatasetDict):
+    if isinstance(dataset, dict):
         if split not in dataset:
             listed = ", ".join(f"`{found}`" for found in dataset)
             raise ValueError(f"The dataset `{name}` has no split `{split}`. Found: {listed}.")
         dataset = dataset[split]
-    return DatasetText(dataset, column, name=f"The dataset `{name}`")
+    of = StreamedText if isinstance(dataset, datasets.IterableDataset) else DatasetText
+    return of(dataset, column, name=f"The dataset `{name}`")

@@ -9,14 +9,8 @@ from scipy.stats import entropy
 from sklearn.metrics import log_loss
 
 from albert_task._corpus import Document
-from albert_task._data import (
-    PretrainingData,
-    TokenRows,
-    encode_documents,
-    open_tokens,
-    split_documents,
-    unigram_baseline,
-)
+from albert_task._data import PretrainingData, TokenRows, split_documents, unigram_baseline
+from albert_task._store import encode_documents, open_tokens
 from albert_task._tokenizer import SpecialIds, train_tokenizer
 
 SPECIAL = SpecialIds(pad=0, unk=1, cls=2, sep=3, mask=4)
@@ -59,7 +53,7 @@ def test_documents_come_back_token_by_token(store, tokenizer):
 def test_progress_counts_characters_and_blocks_change_nothing(
     tokenizer, store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("albert_task._data._CHUNK", 300)
+    monkeypatch.setattr("albert_task._store._CHUNK", 300)
     done = []
     again = encode_documents(
         documents(40), tokenizer, tmp_path / "t", text="", progress=done.append
@@ -71,13 +65,66 @@ def test_progress_counts_characters_and_blocks_change_nothing(
     np.testing.assert_array_equal(again.offsets, store.offsets)
 
 
-def test_a_failed_encoding_leaves_nothing_behind(tokenizer, tmp_path):
+def test_sentences_begin_where_they_do(store, tokenizer):
+    begins = set(store.sentences.tolist())
+    assert set(store.offsets[:-1].tolist()) <= begins
+    place = 0
+    for document in documents(40):
+        for line in document.text.split("\n"):
+            assert place in begins
+            place += len(tokenizer.encode(line, add_special_tokens=False).ids)
+        place += 1
+    assert len(begins) == 3 * 40
+
+
+class Counted:
+    """A tokenizer that counts what it encodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.encoded = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def encode_batch_fast(self, texts, **how):
+        self.encoded += len(texts)
+        return self.tokenizer.encode_batch_fast(texts, **how)
+
+
+def test_an_encoding_that_was_interrupted_goes_on(tokenizer, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("albert_task._store._CHUNK", 300)
+
     def broken():
-        yield from documents(3)
+        yield from documents(25)
         raise OSError("the disk is gone")
 
     with pytest.raises(OSError, match="the disk is gone"):
-        encode_documents(broken(), tokenizer, tmp_path / "t", text="")
+        encode_documents(broken(), tokenizer, tmp_path / "t", text="abc")
+    assert not (tmp_path / "t").exists()
+    # What was written after the last note of progress does not count.
+    with (tmp_path / ".t-part" / "tokens.bin").open("ab") as file:
+        file.write(b"half a block")
+    counted = Counted(tokenizer)
+    again = encode_documents(documents(40), counted, tmp_path / "t", text="abc")
+    assert 15 * 3 <= counted.encoded < 30 * 3
+    np.testing.assert_array_equal(again.tokens, store.tokens)
+    np.testing.assert_array_equal(again.offsets, store.offsets)
+    np.testing.assert_array_equal(again.sentences, store.sentences)
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_what_was_begun_with_other_text_begins_anew(tokenizer, store, tmp_path):
+    def broken():
+        yield from documents(25, seed=9)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        encode_documents(broken(), tokenizer, tmp_path / "t", text="other")
+    again = encode_documents(documents(40), tokenizer, tmp_path / "t", text="abc")
+    np.testing.assert_array_equal(again.tokens, store.tokens)
+
+
+def test_nothing_to_encode_leaves_nothing_behind(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="There is no text to encode"):
         encode_documents([Document("blank", "")], tokenizer, tmp_path / "t", text="")
     assert list(tmp_path.iterdir()) == []
@@ -95,12 +142,19 @@ def test_a_store_is_opened_only_where_it_is_what_is_expected(store, tokenizer):
         open_tokens(store.folder.parent)
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "offsets"])
+@pytest.mark.parametrize("damage", ["cut", "header", "offsets", "bit", "format"])
 def test_a_damaged_store_is_noticed(tokenizer, tmp_path, damage):
     folder = encode_documents(documents(5), tokenizer, tmp_path / "t", text="").folder
     if damage == "cut":
         data = (folder / "tokens.bin").read_bytes()
         (folder / "tokens.bin").write_bytes(data[:-2])
+    elif damage == "bit":
+        data = bytearray((folder / "tokens.bin").read_bytes())
+        data[7] ^= 4
+        (folder / "tokens.bin").write_bytes(data)
+    elif damage == "format":
+        header = json.loads((folder / "header.json").read_text())
+        (folder / "header.json").write_text(json.dumps(header | {"format": 1}))
     elif damage == "header":
         header = json.loads((folder / "header.json").read_text())
         del header["dtype"]
@@ -197,12 +251,12 @@ def test_the_baseline_is_what_sklearn_and_scipy_say():
 def test_the_data_module_gives_shuffled_rows_and_a_fixed_validation(store):
     data = PretrainingData(store, seq_len=8, batch_size=4, val_fraction=0.2, seed=3)
     train = np.concatenate([batch["input_ids"] for batch in data.train_dataloader()])
-    assert len(train) == len(data.train_rows) // 4 * 4
-    in_order = data.train_rows[np.arange(len(data.train_rows))]["input_ids"]
+    assert len(train) == len(data.train_rows[0]) // 4 * 4
+    in_order = data.train_rows[0][np.arange(len(data.train_rows[0]))]["input_ids"]
     assert train.tolist() != in_order[: len(train)].tolist()
     assert {*map(tuple, train.tolist())} <= {*map(tuple, in_order.tolist())}
     validation = np.concatenate([batch["input_ids"] for batch in data.val_dataloader()])
-    every = data.val_rows[np.arange(len(data.val_rows))]["input_ids"]
+    every = data.val_rows[0][np.arange(len(data.val_rows[0]))]["input_ids"]
     np.testing.assert_array_equal(validation, every)
 
 
@@ -212,7 +266,7 @@ def test_validation_rows_are_limited_and_the_baseline_is_that_of_the_rows_used(s
     assert [len(batch) for batch in batches] == [4, 2]
     ids = np.concatenate(batches)
     counts = np.bincount(ids[ids > 4], minlength=store.vocab_size)
-    expected = unigram_baseline(data.train_rows.counts(), counts, SPECIAL)
+    expected = unigram_baseline(data.train_rows[0].counts(), counts, SPECIAL)
     assert data.baseline() == expected
     loader = data.val_dataloader()
     assert (

@@ -129,9 +129,9 @@ def test_the_baseline_is_that_of_the_validation_rows(whole, text):
     """By counting, for a tokenizer and a split that were made before."""
     store = prepare(PretrainOptions(**options_of(text, whole.out))).data
     train = np.bincount(
-        store.train_rows[np.arange(len(store.train_rows))]["input_ids"].ravel(), minlength=70
+        store.train_rows[0][np.arange(len(store.train_rows[0]))]["input_ids"].ravel(), minlength=70
     )
-    validation = store.val_rows[np.arange(len(store.val_rows))]["input_ids"].ravel()
+    validation = store.val_rows[0][np.arange(len(store.val_rows[0]))]["input_ids"].ravel()
     validation = validation[validation > 4]
     train[:5] = 0
     baseline = json.loads((whole.out / "result.json").read_text())["baseline"]

@@ -238,7 +238,8 @@ def test_a_hub_dataset_gets_name_and_configuration_and_failure_says_so(monkeypat
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(*args):
+    def load(*args, streaming):
+        assert not streaming
         asked.append(args)
         if args[0] == "owner/absent":
             raise ConnectionError("no network here")
@@ -249,3 +250,22 @@ def test_a_hub_dataset_gets_name_and_configuration_and_failure_says_so(monkeypat
     assert asked == [("owner/name", "en")]
     with pytest.raises(FileNotFoundError, match=r"`owner/absent` is no folder.*no network here"):
         open_dataset("owner/absent")
+
+
+def test_a_dataset_that_is_streamed(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": [*TEXTS, ""], "n": range(len(TEXTS) + 1)})
+    asked = []
+
+    def load(*args, streaming):
+        asked.append(streaming)
+        return {"train": rows.to_iterable_dataset()}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = open_dataset("owner/name", streaming=True)
+    assert asked == [True]
+    assert texts(text) == texts(text) == TEXTS
+    other = open_dataset("owner/other", streaming=True)
+    assert text.fingerprint() != other.fingerprint()
+    assert text.fingerprint() == open_dataset("owner/name", streaming=True).fingerprint()
+    with pytest.raises(ValueError, match="has no strings in the column `n`"):
+        open_dataset("owner/name", streaming=True, column="n")

@@ -1,0 +1,54 @@
+"""Where sentences end: rules for English prose, good enough to say which came first."""
+
+from __future__ import annotations
+
+import re
+
+# A full stop after one of these ends no sentence, unless what follows is no name or number.
+_SHORT = (
+    "mr mrs ms dr prof rev fr sr jr st mt ft gen col maj capt lt sgt cpl adm cmdr gov sen rep hon "
+    "pres vs etc al cf ca approx no nos vol vols pp p fig figs eq eqs ch sec ed eds est dept univ "
+    "assn bros inc ltd co corp e.g i.e u.s u.k u.n a.m p.m d.c ph.d b.a m.a m.d b.c a.d jan feb "
+    "mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun"
+)
+_ABBREVIATIONS = frozenset(_SHORT.split())
+_ENDS = re.compile(r"""[.!?…]+["'”’»)\]]*(?=\s)""")
+_OPENS = re.compile(r"""\s*["'“‘«(\[]*(\S)""")
+_WORD_BEFORE = re.compile(r"(\S+)$")
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, in order, without the blanks between them; a new line ends one.
+
+    A full stop ends a sentence where blanks follow it and then no small letter, except after an
+    abbreviation, an initial ("J. R. Smith") or an enumeration's number ("1. First").
+    """
+    found = []
+    for line in text.split("\n"):
+        begin = 0
+        for match in _ENDS.finditer(line):
+            if _ends(line, begin, match):
+                found.append(line[begin : match.end()].strip())
+                begin = match.end()
+        found.append(line[begin:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def _ends(line: str, begin: int, match: re.Match[str]) -> bool:
+    following = _OPENS.match(line, match.end())
+    if following is None:
+        return False
+    if following[1].islower():
+        return False
+    if match[0][0] != "." or len(match[0]) > 1:
+        return True
+    # Only the end of what came before is looked at: a long line stays linear.
+    word = _WORD_BEFORE.search(line, max(begin, match.start() - 20), match.start())
+    if word is None:
+        return False
+    bare = word[1].lstrip("\"'“‘«([").lower()
+    if bare in _ABBREVIATIONS:
+        return False
+    initial = len(bare) == 1 and bare.isalpha() and word[1][-1].isupper()
+    number = bare.isdigit() and not line[begin : word.start()].strip()
+    return not (initial or number)
