@@ -253,6 +253,8 @@ def test_a_hub_dataset_gets_name_and_configuration_and_failure_says_so(monkeypat
 
 
 def test_a_dataset_that_is_streamed(monkeypatch):
+    import datasets
+
     rows = datasets.Dataset.from_dict({"text": [*TEXTS, ""], "n": range(len(TEXTS) + 1)})
     asked = []
 
