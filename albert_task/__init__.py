@@ -31,6 +31,9 @@ from ._pretraining_task import AlbertForPreTraining as AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering as AlbertForQuestionAnswering
 from ._rows import check_tokens as check_tokens
 from ._rows import check_vocabulary as check_vocabulary
+from ._segments import RowLoader as RowLoader
+from ._segments import SegmentRows as SegmentRows
+from ._sentences import sentences as sentences
 from ._squad_metrics import Answered as Answered
 from ._squad_metrics import questions_of as questions_of
 from ._squad_metrics import squad_scores as squad_scores

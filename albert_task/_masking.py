@@ -57,8 +57,9 @@ def mask_tokens(
     The words of a row are parted into n-grams one after the other, of length n with p(n) ∝ 1/n;
     n-grams are then taken in random order until the row has its predictions: `max(1, round(rate *
     n))` of n tokens, a fixed number, as in google-research/albert, and not one coin a token. The
-    last one gives up the words at its end that do not fit, and single words of one piece fill up,
-    so that the number is met wherever the row has enough of them. Special tokens are never chosen,
+    last one gives up the words at its end that do not fit, and words of one piece fill up, so that
+    the number is met wherever the row has enough of them. (So a row's first word, which always
+    begins an n-gram, is taken a little more often than others.) Special tokens are never chosen,
     never within an n-gram, and never put in as random ones; [CLS] and [SEP] count in n, as they do
     there.
 
@@ -88,7 +89,7 @@ def mask_tokens(
     order = jnp.argsort(jnp.where(eligible, score, 2.0), axis=1, stable=True)
     wanted = [num_predictions(length, rate) for length in range(seq + 1)]
     count = jnp.minimum(jnp.asarray(wanted)[own.sum(1)], eligible.sum(1))
-    positions, predicted = _taken(order, count, starts, new, eligible, min(wanted[-1], seq))
+    positions, predicted = _taken(order, count, starts, eligible, min(wanted[-1], seq))
 
     labels = jnp.take_along_axis(tokens, positions, axis=1)
     of = jnp.take_along_axis(number, positions, axis=1)
@@ -124,7 +125,7 @@ def _parted(
     # n-gram k ends before word n_0 + … + n_k.
     shares = 1 / np.arange(1, max_ngram + 1)
     limits = np.cumsum(shares / shares.sum())[:-1]
-    lengths = 1 + (u[..., None] >= jnp.asarray(limits, u.dtype)).sum(-1)
+    lengths = 1 + sum((u >= float(limit)).astype(jnp.int32) for limit in limits)
     rows = jnp.arange(len(tokens))[:, None]
     begins = jnp.zeros(tokens.shape, bool)
     begins = begins.at[rows, jnp.cumsum(lengths, axis=1)].set(True, mode="drop")
@@ -138,12 +139,11 @@ def _taken(
     order: Int[Array, "batch seq"],
     count: Int[Array, " batch"],
     starts: Bool[Array, "batch seq"],
-    new: Bool[Array, "batch seq"],
     eligible: Bool[Array, "batch seq"],
     most: int,
 ) -> tuple[Int[Array, "batch most"], Bool[Array, "batch most"]]:
     """Of tokens in this order, `count` in whole words: their positions, and which of them count."""
-    starts, new, eligible = (jnp.take_along_axis(x, order, axis=1) for x in (starts, new, eligible))
+    starts, eligible = (jnp.take_along_axis(x, order, axis=1) for x in (starts, eligible))
     rank = jnp.arange(order.shape[1])[None]
     # The word that begins last within the limit may not end within it.
     after = jnp.pad(~eligible | starts, ((0, 0), (0, 1)), constant_values=True)
@@ -151,7 +151,7 @@ def _taken(
     within = rank < count[:, None]
     last = jnp.max(jnp.where(within & starts, rank, 0), axis=1, keepdims=True)
     kept = jnp.where(ends, count[:, None], last)
-    single = new & (~within) & (~_shifted(eligible, -1) | _shifted(new, -1))
+    single = starts & ~within & (~_shifted(eligible, -1) | _shifted(starts, -1))
     filled = single & (jnp.cumsum(single, axis=1) <= count[:, None] - kept)
     chosen = (rank < kept) | filled
     # Chosen ones to the front, in their order; behind them whatever comes first.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -101,7 +102,8 @@ class Recipe(NamedTuple):
             fall = optax.polynomial_schedule(peak, 0.0, self.power, total)
             if not warmup:
                 return fall
-            return lambda step: jnp.where(step < warmup, peak * step / warmup, fall(step))
+            rise = optax.linear_schedule(0.0, peak, warmup)
+            return lambda step: jnp.where(step < warmup, rise(step), fall(step))
         constant = peak if total is None else optax.linear_schedule(peak, 0.0, total - warmup)
         if not warmup:
             return constant
@@ -117,7 +119,7 @@ class Recipe(NamedTuple):
         stages = _stages(task)
         rows = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(task):
-            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            if not eqx.is_inexact_array(leaf):
                 continue
             name, matrix = leaf_path(path), leaf.ndim > 1
             trained = not self.freezes(name)

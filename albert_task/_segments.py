@@ -67,7 +67,7 @@ class SegmentRows:
     - `short`: the probability of a text that is shorter than there is room for: of a length drawn
       uniformly from 2 on.
     - `seed`: of the order of documents, of lengths, cuts and swaps.
-    - `shuffle`: whether documents and rows come in random order.
+    - `shuffle`: whether documents and rows come in random order; if not, all epochs are the same.
     - `limit`: so many rows of an epoch at most, spread evenly over all.
 
     **Raises:** `ValueError` for numbers that cannot be, and documents without a full row.
@@ -81,7 +81,7 @@ class SegmentRows:
         *,
         pairs: bool = False,
         packed: bool = False,
-        short: float = 0.1,
+        short: float | int = 0.1,
         seed: int = 0,
         shuffle: bool = True,
         limit: int | None = None,
@@ -159,10 +159,12 @@ class SegmentRows:
 
     # Planning an epoch: which tokens go where
 
-    def _plan(self, epoch: int) -> tuple[Texts, Numbers, Numbers]:
+    def _plan(
+        self, epoch: int
+    ) -> tuple[Texts, Int[np.ndarray, " rows_and_one"], Int[np.ndarray, " order"]]:
         """The texts of an epoch, where each row's texts begin among them, and the order in which
         rows are given."""
-        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch * self.shuffle]))
         documents = generator.permutation(self.documents) if self.shuffle else self.documents
         spans = self._spans(documents, generator)
         texts = self._segmented(spans, generator)
@@ -342,7 +344,7 @@ class RowLoader:
         sources: SegmentRows | Mapping[str, SegmentRows],
         batch_size: int,
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float | int] | None = None,
         drop_last: bool = True,
     ):
         self.sources = sources if isinstance(sources, Mapping) else {"": sources}
