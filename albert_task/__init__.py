@@ -15,9 +15,12 @@ from ._convert import from_pretrained as from_pretrained
 from ._convert import save_pretrained as save_pretrained
 from ._data import PretrainingData as PretrainingData
 from ._data import UnigramBaseline as UnigramBaseline
+from ._encoded import BucketLoader as BucketLoader
+from ._encoded import Encoded as Encoded
 from ._fill_mask import Filled as Filled
 from ._fill_mask import Guess as Guess
 from ._fill_mask import fill_mask as fill_mask
+from ._fill_mask import pseudo_perplexity as pseudo_perplexity
 from ._glue import GLUE as GLUE
 from ._glue import glue_scores as glue_scores
 from ._masking import Masked as Masked
@@ -34,6 +37,10 @@ from ._rows import check_vocabulary as check_vocabulary
 from ._segments import RowLoader as RowLoader
 from ._segments import SegmentRows as SegmentRows
 from ._sentences import sentences as sentences
+from ._squad import Question as Question
+from ._squad import answers as answers
+from ._squad import read_questions as read_questions
+from ._squad import windows as windows
 from ._squad_metrics import Answered as Answered
 from ._squad_metrics import questions_of as questions_of
 from ._squad_metrics import squad_scores as squad_scores

@@ -1,4 +1,8 @@
-"""The command line: `albert pretrain ...`."""
+"""The command line: `albert pretrain`, `finetune`, `evaluate`, `predict`, `fill-mask`, ….
+
+Each command has a dataclass of options, of which every field is an option of the command line and
+a key of the YAML file that `--config` names.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
 from jaxlightning._checkpoint_files import CheckpointError
 
@@ -23,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = self.parse_known_args(args, namespace)
         if rest:
-            parser = _commands(self).get(known.command, self)
+            parser = _parsers(self).get(known.command, self)
             name = rest[0].split("=")[0]
             if name.startswith("-"):
                 near = nearest(name, parser._option_string_actions)
@@ -35,57 +40,77 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists all options.\n")
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def _parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices
     return {}
 
 
-def _parser() -> _Parser:
-    parser = _Parser(prog="albert", description="ALBERT with jaxlightning.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    pretrain = commands.add_parser(
-        "pretrain",
-        help="pretrain with masked language modelling",
-        description="Pretrains an ALBERT on text with masked language modelling. The same command "
-        "again goes on where it was interrupted, or says that it is done.",
-    )
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(PretrainOptions):
-        name = field.metadata["group"]
-        if name not in groups:
-            groups[name] = pretrain.add_argument_group(name)
-        default = "" if field.default in (None, (), False) else " (default %(default)s)"
-        groups[name].add_argument(
-            flag(field.name),
-            *field.metadata["also"],
-            default=field.default,
-            help=field.metadata["help"].replace("%", "%%") + default,
-            **field.metadata["how"],
-        )
-    return parser
+# Commands
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 2 for what the user can put right."""
-    parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    if given.pop("command") is None:
-        parser.print_help()
-        return 2
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    try:
-        return _pretrain(given)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+class _Command(NamedTuple):
+    """A command: its options, what it does in a word and in full, and how it is run."""
+
+    options: Callable[[], type[Any]]
+    help: str
+    description: str
+    example: str
+    run: Callable[[Any], int]
 
 
-def _pretrain(given: dict[str, Any]) -> int:
+def _finetune_options() -> type[Any]:
+    from ._finetune_options import FinetuneOptions
+
+    return FinetuneOptions
+
+
+def _evaluate_options() -> type[Any]:
+    from ._finetune_options import EvaluateOptions
+
+    return EvaluateOptions
+
+
+def _predict_options() -> type[Any]:
+    from ._finetune_options import PredictOptions
+
+    return PredictOptions
+
+
+def _of_commands(name: str) -> Callable[[], type[Any]]:
+    def options() -> type[Any]:
+        from . import _commands
+
+        return getattr(_commands, name)
+
+    return options
+
+
+def _run_of_commands(name: str) -> Callable[[Any], int]:
+    def run(options: Any) -> int:
+        from . import _commands
+
+        return getattr(_commands, name)(options)
+
+    return run
+
+
+def _evaluate(options: Any) -> int:
+    from ._finetune import evaluate
+
+    return evaluate(options)
+
+
+def _predict(options: Any) -> int:
+    from ._finetune import predict
+
+    return predict(options)
+
+
+def _pretrain(options: PretrainOptions) -> int:
     with contextlib.ExitStack() as held:
         try:
-            options = PretrainOptions(**given)
             from ._pretrain import make_trainer, pretrain
             from ._stages import locked, prepare, run_folder
 
@@ -93,19 +118,249 @@ def _pretrain(given: dict[str, Any]) -> int:
             held.enter_context(locked(folder))
             trainer = make_trainer(options, folder)
             prepared = prepare(options)
+            _save(options, folder)
         except (ValueError, OSError) as error:
-            return _refused(error)
+            return _refused("pretrain", error)
         try:
             return pretrain(prepared, trainer)
         except (ValueError, OSError, CheckpointError) as error:
             if trainer.compile_s:
                 raise
-            return _refused(error)  # before anything was computed: something that was given
+            return _refused("pretrain", error)  # before anything was computed: what was given
         except SystemExit as stop:  # a signal, after which the Trainer has saved
             print("The same command goes on from there.", file=sys.stderr)
             return int(stop.code or 0)
 
 
-def _refused(error: Exception) -> int:
-    print(f"albert pretrain: {error}", file=sys.stderr)
+def _finetune(options: Any) -> int:
+    from ._finetune import finetune, prepare_finetuning
+    from ._stages import locked, run_folder
+
+    folder = run_folder(options.out)
+    with locked(folder):
+        setting = prepare_finetuning(options, folder)
+        _save(options, folder)
+        return finetune(setting)
+
+
+_COMMANDS = {
+    "pretrain": _Command(
+        lambda: PretrainOptions,
+        "pretrain on text",
+        "Pretrains an ALBERT on text. The same command again goes on where it was interrupted, or "
+        "says that it is done.",
+        "albert pretrain --text 'corpus/*.txt' --model base --objective mlm+sop --ngram 3",
+        _pretrain,
+    ),
+    "finetune": _Command(
+        _finetune_options,
+        "teach a pretrained model a task, from examples",
+        "Fine-tunes an ALBERT on examples, keeps the best epoch, and writes the model, its scores "
+        "and its predictions.",
+        "albert finetune --task classification --model runs/pretrain --train train.tsv "
+        "--validation dev.tsv",
+        _finetune,
+    ),
+    "evaluate": _Command(
+        _evaluate_options,
+        "score a fine-tuned model",
+        "Scores a fine-tuned model on examples with labels.",
+        "albert evaluate --model runs/finetune --data test.tsv",
+        _evaluate,
+    ),
+    "predict": _Command(
+        _predict_options,
+        "let a fine-tuned model label examples",
+        "Prints, or writes, what a fine-tuned model makes of examples: a JSON object a line.",
+        "albert predict --model runs/finetune --data new.tsv --out labels.jsonl",
+        _predict,
+    ),
+    "fill-mask": _Command(
+        _of_commands("FillMaskOptions"),
+        "guess what stands behind [MASK]",
+        "Prints the likeliest pieces for each [MASK], or how likely texts are.",
+        "albert fill-mask --model runs/pretrain --text 'the quick [MASK] fox'",
+        _run_of_commands("fill_masks"),
+    ),
+    "answer": _Command(
+        _of_commands("AnswerOptions"),
+        "answer a question from a text",
+        "Prints the likeliest answers to a question, out of a text.",
+        "albert answer --model runs/squad --question 'Who wrote it?' --context article.txt",
+        _run_of_commands("answer"),
+    ),
+    "export": _Command(
+        _of_commands("ExportOptions"),
+        "write a model for Hugging Face's libraries",
+        "Writes a model, such as that of a run in progress, as config.json, model.safetensors and "
+        "tokenizer.json.",
+        "albert export --model runs/pretrain --out my-albert",
+        _run_of_commands("export"),
+    ),
+    "plan": _Command(
+        _of_commands("PlanOptions"),
+        "what training takes on devices that need not be there",
+        "Compiles a training step for virtual devices and tells memory, FLOPs, communication and "
+        "an estimate of the time.",
+        "albert plan --model xxlarge --mesh data=64,fsdp=16 --device h100",
+        _run_of_commands("plan"),
+    ),
+}
+
+
+def _parser(only: str | None = None) -> _Parser:
+    """The whole parser; of the commands but `only`, the names alone."""
+    parser = _Parser(prog="albert", description="ALBERT with jaxlightning.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=command.description,
+            epilog=f"Example: {command.example}",
+        )
+        if name == only:
+            _add_options(sub, command.options())
+    return parser
+
+
+def _add_options(parser: _Parser, options: type[Any]) -> None:
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        name = field.metadata["group"]
+        if name not in groups:
+            groups[name] = parser.add_argument_group(name)
+        default = "" if field.default in (None, (), False) else " (default %(default)s)"
+        groups[name].add_argument(
+            flag(field.name),
+            *field.metadata["also"],
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=field.metadata["help"].replace("%", "%%")
+            + default.replace("%(default)s", str(field.default)),
+            **field.metadata["how"],
+        )
+    files = parser.add_argument_group("configuration")
+    files.add_argument(
+        "--config", metavar="FILE", help="a YAML file of options; those given beside it win"
+    )
+    files.add_argument(
+        "--print-config", action="store_true", help="print the effective options, and end"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 2 for what the user can put right."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    only = next((one for one in arguments if one in _COMMANDS), None)
+    parser = _parser(only)
+    given = vars(parser.parse_args(arguments))
+    name = given.pop("command")
+    if name is None:
+        parser.print_help()
+        return 2
+    file, prints = given.pop("config"), given.pop("print_config")
+    command = _COMMANDS[name]
+    try:
+        kind = command.options()
+        stored = {} if file is None else _read(Path(file), kind)
+        chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in (stored | given).items()}
+        options = kind(**chosen)
+        if prints:
+            print(_yaml(options), end="")
+            return 0
+        return command.run(options)
+    except KeyboardInterrupt:
+        again = "The same command goes on from here." if name == "pretrain" else ""
+        print(f"\nInterrupted. {again}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, CheckpointError) as error:
+        return _refused(name, error)
+
+
+def _refused(name: str, error: Exception) -> int:
+    print(f"albert {name}: {error}", file=sys.stderr)
     return 2
+
+
+# Files of options
+
+
+def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    **Raises:** `ValueError` for a file that is none, and options that do not exist or have
+    another type.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"There is no file `{path}`, which `--config` names.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"`{path}` is no YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` has to hold options, such as `steps: 1000`.")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    found = {}
+    for name, value in content.items():
+        key = str(name).replace("-", "_")
+        if key not in fields:
+            raise ValueError(f"`{path}`: there is no option `{name}`.{nearest(key, fields)}")
+        found[key] = _typed(path, key, value, fields[key])
+    return found
+
+
+def _typed(path: Path, name: str, value: Any, field: dataclasses.Field[Any]) -> Any:
+    how = field.metadata["how"]
+    wanted = bool if how.get("action") == "store_true" else how.get("type", str)
+    values = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and "nargs" not in how:
+        raise ValueError(f"`{path}`: `{name}` is one value, not a list.")
+    read: list[Any] = []
+    for one in values:
+        if one is None:
+            read.append(None)
+            continue
+        number = wanted is float and isinstance(one, int) and not isinstance(one, bool)
+        if not (number or type(one) is wanted):
+            if wanted is float and isinstance(one, str):  # YAML takes 1e-3 for a word
+                with contextlib.suppress(ValueError):
+                    read.append(float(one))
+                    continue
+            if wanted is str and isinstance(one, int | float) and not isinstance(one, bool):
+                read.append(str(one))
+                continue
+            raise ValueError(
+                f"`{path}`: `{name}: {one!r}` has to be of type `{wanted.__name__}`, and is "
+                f"`{type(one).__name__}`."
+            )
+        read.append(float(one) if number else one)
+    choices = how.get("choices")
+    for one in read:
+        if choices and one not in choices:
+            listed = ", ".join(f"`{choice}`" for choice in choices)
+            raise ValueError(
+                f"`{path}`: `{name}: {one}` is unknown; it is one of {listed}."
+                f"{nearest(str(one), choices)}"
+            )
+    return tuple(read) if "nargs" in how else read[0]
+
+
+def _yaml(options: Any) -> str:
+    """All options, as `--config` reads them."""
+    import yaml
+
+    content = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _save(options: Any, folder: Path) -> None:
+    path = folder / "config.yaml"
+    scratch = path.with_name(".config.yaml-writing")
+    scratch.write_text(_yaml(options), encoding="utf-8")
+    scratch.replace(path)

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ._rows import check_tokens, check_vocabulary
+from ._losses import scored
+from ._model import gather
+from ._rows import Rows, check_tokens, check_vocabulary
 from ._tasks import AlbertForMaskedLM
 from ._tokenizer import special_ids
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _MASK = "[MASK]"
 _ROUND = 32
+_AT_ONCE = 16  # texts, of which each has another token masked
 
 
 class Guess(NamedTuple):
@@ -97,3 +100,49 @@ def _written(text: str, pieces: list[str]) -> str:
             piece = piece[1:]
         written = (written if word else written.rstrip()) + piece.replace("▁", " ") + after
     return written
+
+
+def pseudo_perplexity(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str) -> float:
+    """How surprised a masked language model is by a text: `exp` of the mean negative log
+    likelihood of its tokens, each masked on its own (Salazar et al. 2020, "Masked Language Model
+    Scoring", section 2.2). Blocks on the device.
+
+    **Raises:** `ValueError` for a text without a token, or longer than the model's positions, and
+    for a tokenizer that is not the model's.
+    """
+    special = special_ids(tokenizer)
+    check_vocabulary(tokenizer.get_vocab_size(), task.config)
+    row = np.asarray(tokenizer.encode(text).ids, np.int32)[None]
+    check_tokens(row, task.config)
+    places = np.flatnonzero(~np.isin(row[0], special))
+    if len(places) == 0:
+        raise ValueError(f"The text {text!r} has no token to score.")
+    length = row.shape[1]
+    padded = min(-(-length // _ROUND) * _ROUND, task.config.max_position_embeddings)
+    tokens = np.full((1, padded), special.pad, np.int32)
+    tokens[:, :length] = row
+    total = 0.0
+    for begin in range(0, len(places), _AT_ONCE):
+        some = places[begin : begin + _AT_ONCE]
+        masked = np.repeat(tokens, _AT_ONCE, axis=0)
+        masked[np.arange(len(some)), some] = special.mask
+        where = np.zeros(_AT_ONCE, np.int32)
+        where[: len(some)] = some
+        nll = _surprise(
+            task, jnp.asarray(masked), jnp.asarray(where), jnp.asarray(tokens[0, where])
+        )
+        total += float(np.asarray(nll, np.float64)[: len(some)].sum())
+    return float(np.exp(total / len(places)))
+
+
+@eqx.filter_jit
+def _surprise(
+    task: AlbertForMaskedLM,
+    tokens: Int[Array, "batch seq"],
+    places: Int[Array, " batch"],
+    labels: Int[Array, " batch"],
+) -> Float[Array, " batch"]:
+    task = eqx.nn.inference_mode(task)
+    hidden = gather(task.hidden(Rows.read({"tokens": tokens}, task.config)), places[:, None])
+    words = task.albert.embeddings.words
+    return scored(task.head, words, hidden, labels[:, None]).nll[:, 0]

@@ -263,6 +263,10 @@ class QuestionAnswering(Kind):
         self._windows[id(found.examples)] = found
         return found.examples
 
+    def windows_of(self, examples: Encoded) -> Windows:
+        """What examples that `encode` gave are windows of."""
+        return self._windows[id(examples)]
+
     def answers(self, found: Predictions, source: Any, examples: Encoded) -> dict[str, Answer]:
         return answers(
             self._windows[id(examples)],

@@ -280,8 +280,8 @@ class Answer(NamedTuple):
 
 def answers(
     found: Windows,
-    start_logits: Sequence[Float[np.ndarray, " seq"]],
-    end_logits: Sequence[Float[np.ndarray, " seq"]],
+    start_logits: Sequence[Float[np.ndarray, " _"]],
+    end_logits: Sequence[Float[np.ndarray, " _"]],
     *,
     n_best: int = 20,
     max_answer_length: int = 30,
