@@ -119,6 +119,13 @@ def bucket_lengths(
     return tuple(int(values[end - 1]) for end in reversed(ends) if end > 0)
 
 
+def few_buckets(examples: Encoded, batch_size: int) -> tuple[int, ...]:
+    """`bucket_lengths` of these examples: one for each 50 batches, which make up for the seconds
+    that compiling for another shape takes, and 4 at most."""
+    batches = -(-len(examples) // batch_size)
+    return bucket_lengths(examples.lengths, most=min(4, 1 + batches // 50))
+
+
 class BucketLoader:
     """Batches of examples of about the same length, in as many shapes as there are buckets.
 
@@ -129,7 +136,7 @@ class BucketLoader:
 
     - `examples`: what to give.
     - `batch_size`: examples in a batch.
-    - `buckets`: lengths to pad to; by default `bucket_lengths` of these examples.
+    - `buckets`: lengths to pad to; by default `few_buckets` of these examples.
     - `shuffle`, `seed`: as of `DataLoader`.
     """
 
@@ -148,7 +155,7 @@ class BucketLoader:
             raise ValueError("There are no examples.")
         self.examples = examples
         self.batch_size = batch_size
-        self.buckets = tuple(sorted(buckets or bucket_lengths(examples.lengths)))
+        self.buckets = tuple(sorted(buckets or few_buckets(examples, batch_size)))
         longest = int(examples.lengths.max())
         if longest > self.buckets[-1]:
             raise ValueError(

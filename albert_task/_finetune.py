@@ -33,7 +33,7 @@ from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 from ._base import AlbertTask
 from ._config import _PRESETS, AlbertConfig
 from ._convert import from_pretrained, model_folder, save_pretrained
-from ._encoded import BucketLoader, Encoded, bucket_lengths
+from ._encoded import BucketLoader, Encoded
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, kind_of, predicted, write_rows
 from ._rows import check_vocabulary
@@ -185,8 +185,7 @@ def _one_seed(setting: Setting, seed: int) -> tuple[AlbertTask, dict[str, Any]]:
     # All that these hold can be made again; a run is not resumed, because it is short.
     shutil.rmtree(folder, ignore_errors=True)
     encoded = setting.train.encoded
-    buckets = bucket_lengths(encoded.lengths)
-    loader = BucketLoader(encoded, options.batch_size, buckets=buckets, shuffle=True, seed=seed)
+    loader = BucketLoader(encoded, options.batch_size, shuffle=True, seed=seed)
     validation = None
     if setting.validation is not None:
         validation = BucketLoader(setting.validation.encoded, options.batch_size)

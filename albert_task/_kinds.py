@@ -17,7 +17,7 @@ from ._classification import (
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
 )
-from ._encoded import BucketLoader, Encoded, bucket_lengths
+from ._encoded import BucketLoader, Encoded, few_buckets
 from ._features import (
     Columns,
     classification,
@@ -332,7 +332,7 @@ def predicted(
 ) -> dict[str, list[np.ndarray]]:
     """What `predict_step` gives for each example, without padding, in their order."""
     lengths = examples.lengths
-    buckets = np.asarray(bucket_lengths(lengths))
+    buckets = np.asarray(few_buckets(examples, batch_size))
     place = np.searchsorted(buckets, lengths)
     rows = {int(buckets[i]): np.flatnonzero(place == i) for i in np.unique(place)}
     loaders = {
