@@ -51,6 +51,7 @@ from ._tasks import AlbertForMaskedLM as AlbertForMaskedLM
 from ._text import DatasetText as DatasetText
 from ._text import TextFiles as TextFiles
 from ._text import open_dataset as open_dataset
+from ._tf_names import from_tf_names as from_tf_names
 from ._tokenizer import SpecialIds as SpecialIds
 from ._tokenizer import WordStarts as WordStarts
 from ._tokenizer import load_tokenizer as load_tokenizer

@@ -21,6 +21,7 @@ from albert_task import (
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
     from_pretrained,
+    from_tf_names,
     save_pretrained,
     to_tensors,
 )
@@ -154,6 +155,44 @@ def test_the_old_layout_of_torch(tmp_path):
     path.write_bytes(pickle.dumps({}, protocol=2))
     with pytest.raises(ValueError, match=r"layout of PyTorch before 1\.6.*torch\.save\("):
         read_tensors(tmp_path)
+
+
+LAYER = "bert/encoder/transformer/group_0/inner_group_0"
+TF_NAMES = {
+    "bert/embeddings/word_embeddings": "albert.embeddings.word_embeddings.weight",
+    "bert/embeddings/LayerNorm/gamma": "albert.embeddings.LayerNorm.weight",
+    "bert/embeddings/LayerNorm/beta": "albert.embeddings.LayerNorm.bias",
+    "bert/encoder/embedding_hidden_mapping_in/kernel": (
+        "albert.encoder.embedding_hidden_mapping_in.weight"
+    ),
+    f"{LAYER}/attention_1/self/query/kernel": "{layer}.attention.query.weight",
+    f"{LAYER}/attention_1/output/dense/bias": "{layer}.attention.dense.bias",
+    f"{LAYER}/LayerNorm/gamma": "{layer}.attention.LayerNorm.weight",
+    f"{LAYER}/LayerNorm_1/beta": "{layer}.full_layer_layer_norm.bias",
+    f"{LAYER}/ffn_1/intermediate/dense/kernel": "{layer}.ffn.weight",
+    f"{LAYER}/ffn_1/intermediate/output/dense/bias": "{layer}.ffn_output.bias",
+    "bert/pooler/dense/kernel": "albert.pooler.weight",
+    "cls/predictions/transform/dense/kernel": "predictions.dense.weight",
+    "cls/predictions/transform/LayerNorm/gamma": "predictions.LayerNorm.weight",
+    "cls/predictions/output_bias": "predictions.bias",
+    "cls/seq_relationship/output_weights": "sop_classifier.classifier.weight",
+    "cls/squad/output_weights": "qa_outputs.weight",
+    "output_bias": "classifier.bias",
+}
+
+
+def test_names_of_tensorflow(task):
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    ours = to_tensors(task)
+    for theirs, name in TF_NAMES.items():
+        hf = name.format(layer=layer)
+        array = ours.get(hf, np.arange(6.0).reshape(2, 3))
+        given = array.T if theirs.endswith("/kernel") else array
+        found = from_tf_names({theirs: given, f"{theirs}/adam_m": given, "global_step": 3})
+        assert list(found) == [hf]
+        np.testing.assert_array_equal(found[hf], array)
+    with pytest.raises(ValueError, match="no variables of an ALBERT: `bert/encoder/layer_0/x`"):
+        from_tf_names({"bert/encoder/layer_0/x": np.zeros(1)})
 
 
 # Heads
