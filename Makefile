@@ -24,7 +24,7 @@ setup:
 
 # `exec`: signals reach the training process itself, and its last words come before make's.
 pretrain: setup
-	@exec .venv/bin/albert pretrain $(ARGS)
+	@exec env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/albert pretrain $(ARGS)
 
 test: setup
 	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

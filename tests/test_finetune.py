@@ -158,7 +158,15 @@ def kinds(folder):
         yield name, path
 
 
-@pytest.mark.parametrize("name", ["tokens", "choice", "regression", "multilabel"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokens",
+        "regression",
+        pytest.param("choice", marks=pytest.mark.slow),
+        pytest.param("multilabel", marks=pytest.mark.slow),
+    ],
+)
 def test_the_other_kinds(pretrained, tmp_path, name, capsys):
     path = dict(kinds(tmp_path))[name]
     out = tmp_path / "run"

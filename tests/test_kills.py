@@ -56,7 +56,9 @@ def assert_survives(jobs, whole, tmp_path, task, kills, seed):
     raise AssertionError(f"The run was always over before it was killed: {kills}")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [TASKS[0], *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS[1:])]
+)
 def test_killed_again_and_again(jobs, whole, tmp_path, task):
     assert_survives(jobs, whole, tmp_path, task, ["step", "disk", "compile", "time"], 0)
 
