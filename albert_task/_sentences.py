@@ -12,7 +12,9 @@ _SHORT = (
     "mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun"
 )
 _ABBREVIATIONS = frozenset(_SHORT.split())
-_ENDS = re.compile(r"""[.!?…]+["'”’»)\]]*(?=\s)""")
+# Only from a run's first mark: of a million dots each would else be tried. Looking behind after the
+# mark, not before it, keeps the search for marks fast.
+_ENDS = re.compile(r"""[.!?…](?<![.!?…]{2})[.!?…]*["'”’»)\]]*(?=\s)""")
 _OPENS = re.compile(r"""\s*["'“‘«(\[]*(\S)""")
 _WORD_BEFORE = re.compile(r"(\S+)$")
 
