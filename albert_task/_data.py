@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,15 +227,16 @@ class PretrainingData(DataModule):
             self.train_rows[0], self.batch_size, shuffle=True, seed=self.seed, drop_last=True
         )
 
-    def val_dataloader(self) -> Any:
-        """One loader, or one by the number of each source."""
+    def val_dataloader(self) -> DataLoader | InTurn:
+        """All rows of all sources, one source after the other."""
         if not self.segmented:
             return DataLoader(self.val_rows[0], self.val_batch_size)
-        loaders = {
-            name: RowLoader(rows, self.val_batch_size, drop_last=False)
-            for name, rows in _named(self.val_rows).items()
-        }
-        return loaders if len(loaders) > 1 else loaders["0"]
+        return InTurn(
+            [
+                RowLoader(rows, self.val_batch_size, drop_last=False)
+                for rows in _named(self.val_rows).values()
+            ]
+        )
 
     def counts(self) -> Int[np.ndarray, " vocab"]:
         """How often each piece can be masked in training. Reads all rows once."""
@@ -249,3 +250,31 @@ class PretrainingData(DataModule):
 
 def _named(rows: Sequence[Any]) -> dict[str, SegmentRows]:
     return {str(number): of for number, of in enumerate(rows)}
+
+
+class InTurn:
+    """The batches of several loaders, one loader after the other."""
+
+    def __init__(self, loaders: Sequence[RowLoader]):
+        self.loaders = loaders
+
+    def __len__(self) -> int:
+        return sum(len(loader) for loader in self.loaders)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from number `start` on."""
+        for loader in self.loaders:
+            yield from loader.batches(epoch, min(start, len(loader)))
+            start = max(0, start - len(loader))
+
+    @property
+    def batch_shapes(self) -> list[Any]:
+        """Abstract batches of all shapes there are."""
+        shapes = [shape for loader in self.loaders for shape in loader.batch_shapes]
+        return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"in_turn": [loader.fingerprint() for loader in self.loaders]}
