@@ -126,7 +126,7 @@ def test_nothing_is_lost_and_a_sentence_is_one_sentence():
         ("A. ", "x", 1),
         ("Mr. ", "x", 1),
         ("a", ". B", 2),
-        (" ", "x. B", 2),
+        (" ", "so. B", 2),
         ('"', ". B", 2),
         ("Ab. ", "c", 125_000),
     ],
