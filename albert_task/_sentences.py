@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 
-# A full stop after one of these ends no sentence, unless what follows is no name or number.
+# A full stop after one of these ends no sentence.
 _SHORT = (
     "mr mrs ms dr prof rev fr sr jr st mt ft gen col maj capt lt sgt cpl adm cmdr gov sen rep hon "
-    "pres vs etc al cf ca approx no nos vol vols pp p fig figs eq eqs ch sec ed eds est dept univ "
-    "assn bros inc ltd co corp e.g i.e u.s u.k u.n a.m p.m d.c ph.d b.a m.a m.d b.c a.d jan feb "
-    "mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun"
+    "pres vs etc al cf ca approx nos vol vols pp fig figs eq eqs ch sec ed eds est dept univ "
+    "assn bros inc ltd co corp op e.g i.e u.s u.k u.n a.m p.m d.c ph.d b.a m.a m.d b.c a.d jan feb "
+    "apr jun jul aug sep sept oct nov dec mon tue wed thu fri"
 )
 _ABBREVIATIONS = frozenset(_SHORT.split())
+_WORDS_TOO = frozenset(["no", "mar", "sat", "sun"])  # abbreviations before a number only
 # Only from a run's first mark: of a million dots each would else be tried. Looking behind after the
 # mark, not before it, keeps the search for marks fast.
 _ENDS = re.compile(r"""[.!?…](?<![.!?…]{2})[.!?…]*["'”’»)\]]*(?=\s)""")
@@ -23,7 +24,8 @@ def sentences(text: str) -> list[str]:
     """The sentences of a text, in order, without the blanks between them; a new line ends one.
 
     A full stop ends a sentence where blanks follow it and then no small letter, except after an
-    abbreviation, an initial ("J. R. Smith") or an enumeration's number ("1. First").
+    abbreviation, a single letter ("J. R. Smith", "d. 1849") or the number of an enumeration
+    ("1. First").
     """
     found = []
     for line in text.split("\n"):
@@ -51,6 +53,8 @@ def _ends(line: str, begin: int, match: re.Match[str]) -> bool:
     bare = word[1].lstrip("\"'“‘«([").lower()
     if bare in _ABBREVIATIONS:
         return False
-    initial = len(bare) == 1 and bare.isalpha() and word[1][-1].isupper()
+    if bare in _WORDS_TOO:
+        return not following[1].isdigit()
+    initial = len(bare) == 1 and bare.isalpha()  # small ones too: "(d. 1849)", "Roe v. Wade"
     number = bare.isdigit() and not line[begin : word.start()].strip()
     return not (initial or number)

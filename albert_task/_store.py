@@ -9,7 +9,9 @@ FOLDER/header.json      what it was made of; written last
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -29,7 +31,7 @@ from ._tokenizer import SpecialIds, special_ids, tokenizer_hash
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _DTYPES = ("<u2", "<i4")  # for vocabularies up to 65,536 pieces, and larger ones
 _CHUNK = 1 << 20  # characters that are encoded at once
 _BLOCK = 1 << 20  # bytes of one checksum
@@ -83,7 +85,8 @@ def encode_documents(
     - `text`: the fingerprint of the text, kept in the header.
     - `progress`: called with the number of characters done so far.
 
-    **Raises:** `ValueError` where there is nothing to encode.
+    **Raises:** `ValueError` where there is nothing to encode, or another process encodes into the
+    same folder.
     """
     folder = Path(folder)
     special = special_ids(tokenizer)
@@ -97,31 +100,35 @@ def encode_documents(
         "tokenizer": tokenizer_hash(tokenizer),
         "text": text,
     }
-    part = _Part(folder.with_name(f".{folder.name}-part"), made_of)
-    source = iter(documents)
-    done = sum(len(document.text) for document in islice(source, part.read))
-    for block in _blocks(source):
-        texts = [sentences(document.text) for document in block]
-        encoded = iter(tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
-        tokens: list[int] = []
-        lengths: list[int] = []
-        inner: list[int] = []
-        for own in texts:
-            found = [ids for ids in (next(encoded).ids for _ in own) if ids]
-            if not found:
-                continue
-            before = len(tokens)
-            for ids in found:
-                inner.append(len(ids))
-                tokens.extend(ids)
-            tokens.append(special.sep)
-            inner[-1] += 1
-            lengths.append(len(tokens) - before)
-        part.add(np.asarray(tokens, dtype), lengths, inner, len(block))
-        done += sum(len(document.text) for document in block)
-        if progress is not None:
-            progress(done)
-    part.finish(folder)
+    unfinished = folder.with_name(f".{folder.name}-part")
+    with _alone(unfinished):
+        part = _Part(unfinished, made_of)
+        source = iter(documents)
+        done = sum(len(document.text) for document in islice(source, part.read))
+        for block in _blocks(source):
+            texts = [sentences(document.text) for document in block]
+            encoded = iter(
+                tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False)
+            )
+            tokens: list[int] = []
+            lengths: list[int] = []
+            inner: list[int] = []
+            for own in texts:
+                found = [ids for ids in (next(encoded).ids for _ in own) if ids]
+                if not found:
+                    continue
+                before = len(tokens)
+                for ids in found:
+                    inner.append(len(ids))
+                    tokens.extend(ids)
+                tokens.append(special.sep)
+                inner[-1] += 1
+                lengths.append(len(tokens) - before)
+            part.add(np.asarray(tokens, dtype), lengths, inner, len(block))
+            done += sum(len(document.text) for document in block)
+            if progress is not None:
+                progress(done)
+        part.finish(folder)
     return open_tokens(folder)
 
 
@@ -146,8 +153,8 @@ class _Part:
         if whole:
             self.sizes, self.read = before["sizes"], before["read"]
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            for path in folder.iterdir():  # the folder itself is what the lock is on
+                path.unlink()
         for name in self._FILES:
             with (folder / name).open("ab") as file:
                 file.truncate(self.sizes[name])
@@ -195,6 +202,39 @@ class _Part:
             (self.folder / name).unlink()
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(self.folder, folder)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Makes the folder where there is none, and keeps others out of it: two that encode into one
+    folder would add their blocks to the same files. No kill leaves a lock behind.
+
+    **Raises:** `ValueError` where another one is at it.
+    """
+    held = -1
+    while held < 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # it was finished, and renamed, a moment ago
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(held)
+            raise ValueError(
+                f"Another process encodes into `{folder}`. Wait until it is done, or encode into "
+                "another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        if not folder.exists() or not os.path.samestat(os.fstat(held), folder.stat()):
+            os.close(held)  # as above
+            held = -1
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def _checksums(path: Path) -> UInt32[np.ndarray, " blocks"]:

@@ -48,12 +48,7 @@ class WordStarts(NamedTuple):
         front, punctuation, and what has other characters than English letters and punctuation."""
         size = tokenizer.get_vocab_size()
         pieces = [tokenizer.id_to_token(number) or "" for number in range(size)]
-        return cls.from_table(
-            [
-                p.startswith("▁") or p in _PUNCTUATION or not set(p.lower()) <= _WITHIN
-                for p in pieces
-            ]
-        )
+        return cls.from_table([_begins_a_word(piece) for piece in pieces])
 
     @classmethod
     def from_table(cls, table: Sequence[bool]) -> WordStarts:
@@ -252,15 +247,25 @@ def _from_sentencepiece(data: bytes) -> Tokenizer:
         steps.append(normalizers.Precompiled(charsmap))
     steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    own = [
+        piece
+        for (piece, _), kind in zip(pieces, kinds, strict=True)
+        if kind == user_defined and piece not in SPECIAL_TOKENS
+    ]
+    splits: list[Any] = [pre_tokenizers.Metaspace(prepend_scheme="always")]
+    if own:
+        # Pieces that are always taken whole. As `AddedToken`s they would part the text before the
+        # `▁` are put in, and what follows them would begin a word.
+        longest = sorted(own, key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(piece) for piece in longest))
+        splits.append(pre_tokenizers.Split(pattern, behavior="isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     for (piece, _), kind in zip(pieces, kinds, strict=True):
         if kind in (unknown, control) or piece in SPECIAL_TOKENS:
             lstrip = piece == "[MASK]"
             token = AddedToken(piece, lstrip=lstrip, special=True, normalized=False)
             tokenizer.add_special_tokens([token])
-        elif kind == user_defined:
-            tokenizer.add_tokens([AddedToken(piece, normalized=False)])
     ids = special_ids(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",

@@ -113,6 +113,22 @@ def test_an_encoding_that_was_interrupted_goes_on(tokenizer, store, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
+def test_two_at_once_are_not_let_into_one_store(tokenizer, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("albert_task._store._CHUNK", 300)
+    refused = []
+
+    def second(done):
+        with pytest.raises(ValueError, match=r"Another process encodes into `.*\.t-part`. Wait"):
+            encode_documents(documents(40), tokenizer, tmp_path / "t", text="abc")
+        refused.append(done)
+
+    made = encode_documents(documents(40), tokenizer, tmp_path / "t", text="abc", progress=second)
+    assert len(refused) > 5
+    np.testing.assert_array_equal(made.tokens, store.tokens)
+    again = encode_documents(documents(40), tokenizer, tmp_path / "t", text="abc")
+    np.testing.assert_array_equal(again.tokens, store.tokens)
+
+
 def test_what_was_begun_with_other_text_begins_anew(tokenizer, store, tmp_path):
     def broken():
         yield from documents(25, seed=9)

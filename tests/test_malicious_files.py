@@ -230,7 +230,7 @@ def test_tokens_that_are_a_pickle_are_no_tokens(prepared, payload):
         {"documents": 2**62},
         {"special": {"pad": 0}},
         {"special": None},
-        {"format": 3},
+        {"format": 9},
     ],
     ids=str,
 )

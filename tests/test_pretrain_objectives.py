@@ -29,7 +29,8 @@ def test_a_run_as_in_the_paper(texts, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [
         "pretrain", "--text", *texts, "--weights", "3", "1", "--vocab-size", "80",
-        "--model", "tiny", "--seq-len", "24", "--batch-size", "8", "--objective", "mlm+sop", "--ngram", "3",
+        "--model", "tiny", "--seq-len", "24", "--batch-size", "8",
+        "--objective", "mlm+sop", "--ngram", "3",
         "--predictions", "4", "--packed", "--optimizer", "lamb_reference", "--schedule",
         "reference", "--lr", "0.1", "--scale-lr", "--warmup", "2", "--ema", "0.5", "--steps", "8",
         "--eval-interval", "4", "--log-interval", "4", "--devices", "1", "--out", str(out),

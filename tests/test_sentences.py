@@ -53,6 +53,14 @@ def test_initials_end_no_sentence(text):
     parted(text)
 
 
+def test_single_small_letters_end_no_sentence():
+    parted("Hume (b. 1711, d. 1776) came in c. 1740. | So said Roe v. Wade (p. 5). | It held.")
+
+
+def test_words_that_are_abbreviations_before_numbers_only():
+    parted("He said no. | She sat in the sun. | Then came No. 5 on Sat. 3 Mar. 1990. | It left.")
+
+
 def test_numbers():
     parted("Pi is 3.14159, and .5 is a half. | It cost $4.50. | In 2008. | Version 1.2.3 came.")
     parted("1. First comes this. | 2. Then that. | It ended in 1999. | Nobody knew.")
