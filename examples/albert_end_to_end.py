@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end"))
     parser.add_argument("--steps", type=int, default=4000, help="of pretraining")
-    parser.add_argument("--sentences", type=int, default=5000, help="of SST-2 to learn from")
+    parser.add_argument("--sentences", type=int, default=1000, help="of SST-2 to learn from")
     parser.add_argument("--questions", type=int, default=5000, help="of SQuAD to learn from")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 import yaml
-from test_pretrain import ANIMALS, PLACES
 
 from albert_task import AlbertForPreTraining, from_pretrained
 from albert_task._cli import main
+
+ANIMALS = ["fox", "dog", "cat", "hen", "owl", "pig", "cow", "ant", "bee", "elk"]
+PLACES = ["barn", "lake", "hill", "wood", "farm", "yard", "road", "nest", "cave", "tree"]
 
 
 @pytest.fixture(scope="module")
