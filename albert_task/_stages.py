@@ -78,8 +78,11 @@ def prepare(options: PretrainOptions) -> Prepared:
     if tokenizer is None:
         tokenizer = _trained_tokenizer(options, source, text, size, folder)
     config = options.config(tokenizer.get_vocab_size())
+    alone = len(sources) == 1
     stores = [
-        _tokens(one, size, tokenizer, folder / ("tokens" if len(sources) == 1 else f"tokens-{i}"))
+        _tokens(
+            one, size if alone else None, tokenizer, folder / f"tokens{'' if alone else f'-{i}'}"
+        )
         for i, one in enumerate(sources)
     ]
     data = PretrainingData(
@@ -327,12 +330,14 @@ def _read(source: AllText) -> tuple[int, int]:
     return documents, characters
 
 
-def _tokens(source: TextSource, size: _Size, tokenizer: Tokenizer, folder: Path) -> TokenStore:
+def _tokens(
+    source: TextSource, size: _Size | None, tokenizer: Tokenizer, folder: Path
+) -> TokenStore:
     text = source.fingerprint()
     with contextlib.suppress(OSError, ValueError):  # there is none, or not of this text
         return open_tokens(folder, tokenizer=tokenizer, text=text)
-    _, characters = size()
-    with stage("Encoding", characters, "B") as bar:
+    # Of several sources only the sum is known, which no bar would reach.
+    with stage("Encoding", None if size is None else size()[1], "B") as bar:
         return encode_documents(
             source,
             tokenizer,
