@@ -17,6 +17,8 @@ from ._text import _lines
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".ndjson", ".json", ".parquet")
 
+_LONGEST = 1 << 30  # characters of a cell
+
 
 class Table:
     """Rows by column.
@@ -119,12 +121,12 @@ def _separated(path: Path) -> Table:
     how: dict[str, Any] = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
     )
-    csv.field_size_limit(1 << 30)
     # A generator, so that what is no UTF-8 is found where it stands.
     reader = csv.reader((line + "\n" for line in _lines(path)), strict=True, **how)
     header: list[str] | None = None
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
+    before = csv.field_size_limit(_LONGEST)  # of the whole process, and so put back
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells):
@@ -141,6 +143,8 @@ def _separated(path: Path) -> Table:
             lines.append(reader.line_num)
     except csv.Error as error:
         raise ValueError(f"`{path}` is broken on line {reader.line_num}: {error}.") from None
+    finally:
+        csv.field_size_limit(before)
     return Table(rows, str(path), lines)
 
 
