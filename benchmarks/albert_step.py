@@ -47,7 +47,7 @@ class Worker:
     """A process that takes steps when it is told to."""
 
     def __init__(self, case: str, seq: int, cache: str, huge_pages: bool):
-        environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error", OMP_WAIT_POLICY="PASSIVE")
+        environment = dict(os.environ, TRANSFORMERS_VERBOSITY="error")
         environment |= {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
