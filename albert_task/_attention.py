@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from ._layers import dropped
 
+_AMPERE = 8.0
+
 
 def attend(
     q: Float[Array, "batch seq head dim"],
@@ -32,7 +34,7 @@ def attend(
 
     **Raises:** `ValueError`, at trace time, where `"cudnn"` cannot compute it, with the reason.
     """
-    reason = _no_cudnn(q, dropout, key)
+    reason = _no_cudnn(q, mask, dropout, key)
     if implementation == "cudnn" and reason is not None:
         raise ValueError(
             f"`attention='cudnn'` cannot be used: {reason}. Write `attention='auto'`, which takes "
@@ -40,18 +42,26 @@ def attend(
         )
     if implementation == "xla" or reason is not None:
         return _by_xla(q, k, v, mask, dropout, key)
-    shown = None if mask is None else rearrange(mask, "batch start end -> batch 1 start end")
-    return jax.nn.dot_product_attention(q, k, v, mask=shown, implementation="cudnn")
+    if mask is not None:  # which cuDNN wants whole, though one for all heads
+        mask = jnp.broadcast_to(mask[:, None], (q.shape[0], 1, q.shape[1], k.shape[1]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
 
-def _no_cudnn(q: Array, dropout: eqx.nn.Dropout, key: PRNGKeyArray | None) -> str | None:
+def _no_cudnn(
+    q: Array, mask: Array | None, dropout: eqx.nn.Dropout, key: PRNGKeyArray | None
+) -> str | None:
     """Why cuDNN's attention cannot compute this, if it cannot."""
     if jax.default_backend() != "gpu":
         return f"this is a {jax.default_backend().upper()}, and no GPU"
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is not None and float(capability) < _AMPERE:
+        return f"this GPU has compute capability {capability}, and it needs {_AMPERE}"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes 16 bits, and this is {q.dtype}: train with `precision='bf16-mixed'`"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"a head's width has to be a multiple of 8 up to 128, and is {q.shape[-1]}"
+    if mask is not None and q.shape[1] % 2:
+        return f"with a mask it takes rows of an even length, and these have {q.shape[1]} tokens"
     if key is not None and dropout.p > 0 and not dropout.inference:
         return "it draws no dropout that would be the same on every number of devices"
     return None

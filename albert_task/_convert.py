@@ -32,6 +32,7 @@ from ._classification import (
 )
 from ._config import AlbertConfig
 from ._model import Albert
+from ._model_names import TOKENIZER_FILES, model_folder
 from ._names import from_tensors, lacking, to_tensors, unread
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
@@ -53,7 +54,6 @@ MODELS: Mapping[str, type[Albert] | type[AlbertTask]] = {
 """Hugging Face's names of models, and ours, which are the same."""
 
 _SHARD = 5_000_000_000  # bytes, as in transformers
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
 def from_pretrained(
@@ -135,39 +135,6 @@ def _named_kind(path: Path) -> Any:
     )
 
 
-def model_folder(
-    name: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
-) -> Path:
-    """The folder of a model: `name` itself, or where the hub's model has been downloaded to.
-
-    **Raises:** `FileNotFoundError` where there is neither.
-    """
-    path = Path(name)
-    if path.is_dir():
-        inner = path / "model"
-        return inner if not (path / "config.json").is_file() and inner.is_dir() else path
-    if path.exists():
-        raise FileNotFoundError(f"`{path}` is a file. Give the folder of a model.")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["config.json", *_TOKENIZER_FILES, "*.safetensors", "*.index.json"]
-    try:
-        found = snapshot_download(
-            str(name), revision=revision, cache_dir=cache_dir, allow_patterns=patterns
-        )
-        if not list(Path(found).glob("*.safetensors")):
-            others = [*patterns, "pytorch_model*.bin", "flax_model.msgpack"]
-            found = snapshot_download(
-                str(name), revision=revision, cache_dir=cache_dir, allow_patterns=others
-            )
-    except Exception as error:
-        raise FileNotFoundError(
-            f"`{name}` is no folder here, and the hub did not give a model of that name: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return Path(found)
-
-
 def save_pretrained(
     model: Albert | AlbertTask,
     folder: str | Path,
@@ -196,7 +163,7 @@ def save_pretrained(
     _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
     _save_tensors(to_tensors(model), folder, max_shard_size)
     if isinstance(tokenizer, str | Path):
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
                 shutil.copyfile(Path(tokenizer) / name, folder / name)
     elif tokenizer is not None:

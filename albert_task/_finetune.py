@@ -32,10 +32,11 @@ from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._base import AlbertTask
 from ._config import _PRESETS, AlbertConfig
-from ._convert import from_pretrained, model_folder, save_pretrained
+from ._convert import from_pretrained, save_pretrained
 from ._encoded import BucketLoader, Encoded
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, kind_of, predicted, write_rows
+from ._model_names import model_folder
 from ._rows import check_vocabulary
 from ._stages import write_json
 from ._tokenizer import load_tokenizer

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from jaxlightning._checks import nearest
 
 from ._config import _PRESETS
 from ._features import Columns
 from ._kinds import KINDS, Kind, QuestionAnswering
+from ._model_names import check_model, is_configuration
 from ._optimizers import OPTIMIZERS
 from ._options import PRECISIONS, flag, option
 
@@ -257,6 +257,7 @@ class FinetuneOptions(DataOptions):
                 f"`--optimizer {self.optimizer}` is unknown; it is one of "
                 f"{', '.join(OPTIMIZERS)}.{nearest(self.optimizer, OPTIMIZERS)}"
             )
+        check_model(self.model)
         if not self.warmup < 1:
             raise ValueError(f"`--warmup {self.warmup}` is a share of the run: write one below 1.")
         if not self.layer_decay > 0:
@@ -274,9 +275,7 @@ class FinetuneOptions(DataOptions):
     @property
     def random(self) -> bool:
         """Whether the model begins with random weights."""
-        return self.model in _PRESETS or (
-            Path(self.model).is_file() and self.model.endswith(".json")
-        )
+        return is_configuration(self.model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

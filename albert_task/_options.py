@@ -6,10 +6,10 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ._config import _PRESETS, AlbertConfig
+from ._model_names import check_model, is_configuration, model_folder
 from ._optimizers import OPTIMIZERS
 
 OBJECTIVES = ("mlm", "mlm+sop")
@@ -24,8 +24,9 @@ SCHEDULES = (
 )
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
-_PEAKS = {"base": 5e-4, "large": 3e-4, "xlarge": 1e-4, "xxlarge": 1e-4}
-_SMALL_PEAK = 4e-3
+_PEAKS = {512: 4e-3, 1024: 5e-4, 2048: 3e-4}
+"""The peak learning rate of models that are narrower than this."""
+_WIDE_PEAK = 1e-4
 
 
 def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), **how: Any) -> Any:
@@ -142,9 +143,11 @@ class PretrainOptions:
 
     model: str = option(
         "small",
-        f"{', '.join(_PRESETS)}, or a config.json",
+        f"{', '.join(_PRESETS)}, or a config.json, which begin with random weights; or what has "
+        "weights to go on from: the folder of a run of `albert pretrain`, of a Hugging Face model, "
+        "or a name on the hub",
         group="model and training",
-        metavar="NAME_OR_FILE",
+        metavar="NAME_OR_FOLDER",
     )
     steps: int = option(1500, "optimizer steps", group="model and training", type=int, metavar="N")
     epochs: int | None = option(
@@ -160,7 +163,9 @@ class PretrainOptions:
     seq_len: int = option(64, "tokens in a row", group="model and training", type=int, metavar="N")
     lr: float | None = option(
         None,
-        f"the peak learning rate (default: {_SMALL_PEAK} for tiny and small, lower for the others)",
+        "the peak learning rate (default: by the model's width, "
+        f"{', '.join(f'{peak:g} below {width}' for width, peak in _PEAKS.items())}, then "
+        f"{_WIDE_PEAK:g})",
         group="model and training",
         also=("--learning-rate",),
         type=float,
@@ -330,12 +335,20 @@ class PretrainOptions:
 
     @property
     def peak(self) -> float:
-        """The peak learning rate: `lr`, or what suits a model of this name."""
-        return self.lr if self.lr is not None else _PEAKS.get(self.model, _SMALL_PEAK)
+        """The peak learning rate: `lr`, or what suits a model of this width."""
+        if self.lr is not None:
+            return self.lr
+        width = self.config().hidden_size
+        return next((peak for limit, peak in _PEAKS.items() if width < limit), _WIDE_PEAK)
+
+    @property
+    def random(self) -> bool:
+        """Whether the model begins with random weights."""
+        return is_configuration(self.model)
 
     @property
     def own_vocab_size(self) -> int | None:
-        """The vocabulary that the model insists on: a `config.json` does, a preset does not."""
+        """The vocabulary that the model insists on: only a preset takes any."""
         return None if self.model in _PRESETS else self.config().vocab_size
 
     @property
@@ -351,10 +364,11 @@ class PretrainOptions:
     def config(self, vocab_size: int | None = None) -> AlbertConfig:
         """The model's configuration, for a tokenizer of `vocab_size` pieces.
 
-        A preset takes the tokenizer's vocabulary; a `config.json` has its own, which has to be
+        A preset takes the tokenizer's vocabulary; any other model has its own, which has to be
         the same.
 
-        **Raises:** `ValueError` where vocabulary or positions do not suffice.
+        **Raises:** `ValueError` where vocabulary or positions do not suffice; `FileNotFoundError`
+        where there is no model.
         """
         changes: dict[str, Any] = {}
         if self.dropout is not None:
@@ -366,7 +380,8 @@ class PretrainOptions:
                 changes["vocab_size"] = vocab_size
             config = AlbertConfig.preset(self.model, **changes)
         else:
-            config = dataclasses.replace(AlbertConfig.from_json(self.model), **changes)
+            path = self.model if self.random else model_folder(self.model) / "config.json"
+            config = dataclasses.replace(AlbertConfig.from_json(path), **changes)
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(
                 f"`--seq-len {self.seq_len}` is longer than the positions of the model "
@@ -410,12 +425,7 @@ def _check_choices(options: PretrainOptions) -> None:
             raise ValueError(
                 f"`{flag(name)} {value}` is unknown; it is one of {listed}.{nearest(value, known)}"
             )
-    if options.model not in _PRESETS and not Path(options.model).is_file():
-        listed = ", ".join(f"`{choice}`" for choice in _PRESETS)
-        raise ValueError(
-            f"`--model {options.model}` is no preset and no file. The presets are {listed}; any "
-            f"other model is a `config.json`.{nearest(options.model, _PRESETS)}"
-        )
+    check_model(options.model)
     if options.devices != "auto" and not re.fullmatch(r"[1-9]\d*", options.devices):
         raise ValueError(f"`--devices {options.devices}` is neither `auto` nor a number above 0.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import statistics
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from jaxlightning.callbacks import (
 )
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
-from ._convert import save_pretrained
+from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask
 from ._options import PretrainOptions
 from ._pretraining_task import AlbertForPreTraining
@@ -159,8 +160,8 @@ def new_task(
 ) -> AlbertForMaskedLM:
     """The task before its first step.
 
-    The head's bias starts as the log of the pieces' frequencies, so that the run begins at the
-    unigram entropy and spends no step on learning how common each piece is.
+    Where weights are random, the head's bias starts as the log of the pieces' frequencies, so that
+    the run begins at the unigram entropy and spends no step on learning how common each piece is.
     """
     options = prepared.options
     kind = AlbertForPreTraining if options.objective == "mlm+sop" else AlbertForMaskedLM
@@ -171,9 +172,7 @@ def new_task(
             "total_steps": options.steps,
             "warmup_steps": round(options.warmup * (options.steps if options.warmup < 1 else 1)),
         }
-    task = kind.init(
-        prepared.config,
-        key,
+    recipe |= dict(
         special=prepared.data.store.special,
         mask_rate=options.mask_probability,
         predictions=options.predictions,
@@ -185,8 +184,12 @@ def new_task(
         weight_decay=options.weight_decay,
         b1=options.b1,
         b2=options.b2,
-        **recipe,
     )
+    if not options.random:
+        names = [field.name for field in dataclasses.fields(prepared.config)]
+        recipe |= {name: getattr(prepared.config, name) for name in names}
+        return from_pretrained(options.model, kind, key=key, **recipe)
+    task = kind.init(prepared.config, key, **recipe)
     bias = jnp.log(jnp.asarray(frequencies, jnp.float32))
     return eqx.tree_at(lambda task: task.head.bias, task, bias)
 
@@ -201,10 +204,11 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     data, options = prepared.data, prepared.options
     baseline = data.baseline()
     frequencies = _smoothed(data.counts())
+    make = lambda key: new_task(key, prepared, frequencies)
+    # Weights that are read are no constants to compile: only random ones are made inside jit.
+    initial = make if options.random else make(jax.random.key(options.seed))
     begin_run(prepared)
-    task: Any = trainer.fit(
-        lambda key: new_task(key, prepared, frequencies), datamodule=data, resume="auto"
-    )
+    task: Any = trainer.fit(initial, datamodule=data, resume="auto")
     saved = trainer.checkpoint_callback
     scores, path = _scores(task, prepared), saved.last_model_path
     best = saved.best_model_score

@@ -26,6 +26,7 @@ from jaxlightning._checkpoint_files import RunLock, RunLocked
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData
+from ._model_names import model_folder
 from ._options import PretrainOptions, flag
 from ._store import TokenStore, encode_documents, open_tokens
 from ._text import AllText, TextFiles, TextSource, open_dataset
@@ -253,13 +254,18 @@ def _sources(options: PretrainOptions, folder: Path) -> list[TextSource]:
 
 
 def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
-    if options.tokenizer is None:
+    """The tokenizer of `--tokenizer`, or else that of a model that has weights."""
+    if options.tokenizer is not None:
+        path = Path(options.tokenizer)
+    elif not options.random:
+        path = model_folder(options.model)
+    else:
         return None
-    tokenizer = load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(path)
     size = tokenizer.get_vocab_size()
     if options.vocab_size not in (None, size):
         raise ValueError(
-            f"`--vocab-size {options.vocab_size}`, but the tokenizer `{options.tokenizer}` has "
+            f"`--vocab-size {options.vocab_size}`, but the tokenizer `{path}` has "
             f"{size} pieces. Leave `--vocab-size` out: it is for a tokenizer to be trained."
         )
     options.config(size)

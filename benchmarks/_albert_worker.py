@@ -1,4 +1,4 @@
-"""One library's training step of ALBERT-base, in a process of its own; see `albert_step`.
+"""One library's training step of ALBERT, in a process of its own; see `albert_step`.
 
 Reads a number of steps from each line of standard input, takes them, and answers with seconds.
 """
@@ -9,16 +9,28 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Step = Callable[[], float]
-"""Takes one step and returns its loss, waited for."""
+Step = Callable[[], Any]
+"""Begins one step and returns its loss, which need not be there yet."""
 
 
-def batch_of(rows: int, seq: int) -> tuple[np.ndarray, np.ndarray]:
+class Work(NamedTuple):
+    """What is computed in a step."""
+
+    rows: int
+    seq: int
+    model: str
+    """A preset's name."""
+    precision: str
+    """`"32-true"` or `"bf16-mixed"`."""
+
+
+def batch_of(work: Work) -> tuple[np.ndarray, np.ndarray]:
     """Ids, and labels at 20 of 128 places, -100 elsewhere."""
+    rows, seq = work.rows, work.seq
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 30_000, (rows, seq)).astype(np.int32)
     ids[:, 0], ids[:, -1] = 2, 3
@@ -45,7 +57,7 @@ def compiled(step: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
     return found, {"compile_s": seconds, "temporary_mb": memory.temp_size_in_bytes / 1e6}
 
 
-def jaxlightning(rows: int, seq: int, masks: bool, **how: Any) -> tuple[Step, dict[str, float]]:
+def jaxlightning(work: Work, masks: bool, **how: Any) -> tuple[Step, dict[str, float]]:
     """The step that the Trainer compiles: the same StableHLO, as its tests hold."""
     import equinox as eqx
     import jax
@@ -53,24 +65,27 @@ def jaxlightning(rows: int, seq: int, masks: bool, **how: Any) -> tuple[Step, di
     import optax
 
     from albert_task import AlbertConfig, AlbertForMaskedLM
+    from jaxlightning._precision import Precision, cast_task
 
     start = time.perf_counter()
-    config = AlbertConfig.preset("base", **how)
+    precision = Precision.named(work.precision)
+    config: Any = AlbertConfig.preset(work.model, **how)
     task = eqx.filter_jit(AlbertForMaskedLM.init)(
-        config, jax.random.key(0), predictions=predictions(seq)
+        config, jax.random.key(0), predictions=predictions(work.seq)
     )
     params, static = eqx.partition(task, eqx.is_inexact_array)
     tx = optax.adamw(1e-4)
     state = [params, jax.jit(tx.init)(params)]
     jax.block_until_ready(state)
     init_s = time.perf_counter() - start
-    ids, labels = batch_of(rows, seq)
+    ids, labels = batch_of(work)
     batch = {"input_ids": jnp.asarray(ids)} | ({} if masks else {"labels": jnp.asarray(labels)})
 
     def step(params: Any, opt_state: Any, batch: Any, number: Any) -> Any:
         def loss_of(params: Any) -> Any:
             key = jax.random.fold_in(jax.random.key(1), number)
-            return eqx.combine(params, static).training_step(batch, key=key)[0].compute()
+            task: Any = cast_task(eqx.combine(params, static), precision.compute)
+            return task.training_step(batch, key=key)[0].compute()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -80,12 +95,12 @@ def jaxlightning(rows: int, seq: int, masks: bool, **how: Any) -> tuple[Step, di
 
     def run() -> float:
         state[0], state[1], loss = program(*state, batch, jnp.int32(1))
-        return float(loss)
+        return loss
 
     return run, facts | {"init_s": init_s}
 
 
-def flax(rows: int, seq: int) -> tuple[Step, dict[str, float]]:
+def flax(work: Work) -> tuple[Step, dict[str, float]]:
     """transformers' last Flax model, with the loss and optimizer of its script run_mlm_flax.py."""
     import jax
     import jax.numpy as jnp
@@ -93,15 +108,15 @@ def flax(rows: int, seq: int) -> tuple[Step, dict[str, float]]:
     from transformers import AlbertConfig, FlaxAlbertForMaskedLM
 
     start = time.perf_counter()
-    config = AlbertConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    model = FlaxAlbertForMaskedLM(config, input_shape=(1, seq), seed=0)
+    if work.precision != "32-true":
+        raise SystemExit("Flax is measured in float32.")
+    config = AlbertConfig(**sizes(work.model))
+    model = FlaxAlbertForMaskedLM(config, input_shape=(1, work.seq), seed=0)
     tx = optax.adamw(1e-4)
     state = [model.params, tx.init(model.params)]
     jax.block_until_ready(state)
     init_s = time.perf_counter() - start
-    ids, labels = map(jnp.asarray, batch_of(rows, seq))
+    ids, labels = map(jnp.asarray, batch_of(work))
 
     def step(params: Any, opt_state: Any, ids: Any, labels: Any, number: Any) -> Any:
         def loss_of(params: Any) -> Any:
@@ -120,73 +135,116 @@ def flax(rows: int, seq: int) -> tuple[Step, dict[str, float]]:
 
     def run() -> float:
         state[0], state[1], loss = program(*state, ids, labels, jnp.int32(1))
-        return float(loss)
+        return loss
 
     return run, facts | {"init_s": init_s}
 
 
-def torch(rows: int, seq: int) -> tuple[Step, dict[str, float]]:
-    """transformers' torch model with scaled dot-product attention, and torch's AdamW."""
+def torch(work: Work) -> tuple[Step, dict[str, float]]:
+    """transformers' torch model with scaled dot-product attention, and torch's AdamW; on a GPU
+    compiled, autocast and fused."""
     import torch as library
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     start = time.perf_counter()
-    config = AlbertConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
-    model = AlbertForMaskedLM(config).train()
-    optimizer = library.optim.AdamW(model.parameters(), lr=1e-4)
+    on_gpu = library.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    config: Any = AlbertConfig(**sizes(work.model), attn_implementation="sdpa")
+    model: Any = AlbertForMaskedLM(config).to(device).train()
+    optimizer = library.optim.AdamW(model.parameters(), lr=1e-4, fused=on_gpu)
+    if on_gpu:
+        model = library.compile(model)
     init_s = time.perf_counter() - start
-    ids, labels = (library.tensor(array, dtype=library.long) for array in batch_of(rows, seq))
+    ids, labels = (
+        library.tensor(array, dtype=library.long, device=device) for array in batch_of(work)
+    )
+    half = work.precision == "bf16-mixed"
 
-    def run() -> float:
-        loss = model(input_ids=ids, labels=labels).loss
+    def run() -> Any:
+        with library.autocast(device, library.bfloat16, enabled=half):
+            loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     return run, {"init_s": init_s}
 
 
-def matmul(rows: int, seq: int) -> tuple[Step, dict[str, float]]:
-    """A product of 4096 × 4096 matrices."""
+def matmul(work: Work) -> tuple[Step, dict[str, float]]:
+    """Products of square matrices, one after the other: `matmuls` says how many."""
     import jax
     import jax.numpy as jnp
 
-    a = jax.random.normal(jax.random.key(0), (4096, 4096), jnp.float32)
-    product = jax.jit(lambda a: a @ a)
+    from jaxlightning._precision import Precision
 
-    def run() -> float:
-        return float(product(a)[0, 0])
+    dtype = Precision.named(work.precision).compute
+    count, size = matmuls(work.precision)
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    b = jax.random.normal(jax.random.key(1), (size, size), dtype) / jnp.asarray(size**0.5, dtype)
+    product = jax.jit(lambda a, b: jax.lax.fori_loop(0, count, lambda _, a: a @ b, a)[0, 0])
+    return lambda: product(a, b), {}
 
-    return run, {}
+
+def matmuls(precision: str) -> tuple[int, int]:
+    """How many products of matrices how large; many, where one would be over before it is timed."""
+    return (1, 4096) if precision == "32-true" else (8, 8192)
+
+
+def sizes(model: str) -> dict[str, int]:
+    """A preset's, by transformers' names, whose defaults are those of xxlarge."""
+    from albert_task import AlbertConfig
+
+    config: Any = AlbertConfig.preset(model)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(config, name) for name in names}
+
+
+def peak_mb(case: str) -> float:
+    """The most memory that was in use: of the GPU, or else of the process."""
+    if case == "torch":
+        import torch as library
+
+        if library.cuda.is_available():
+            return library.cuda.max_memory_allocated() / 1e6
+    else:
+        import jax
+
+        found = jax.devices()[0].memory_stats()
+        if found and "peak_bytes_in_use" in found:
+            return found["peak_bytes_in_use"] / 1e6
+    with open("/proc/self/status") as file:
+        line = next((line for line in file if line.startswith("VmHWM")), "VmHWM: 0")
+    return int(line.split()[1]) / 1e3
 
 
 def main() -> None:
-    case, rows, seq = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    case, rows, seq, model, precision = sys.argv[1:]
+    work = Work(int(rows), int(seq), model, precision)
     lean = {"scan_layers": True, "remat": "dots_with_no_batch_dims_saveable"}
     makers: dict[str, Callable[[], tuple[Step, dict[str, float]]]] = {
-        "jaxlightning": lambda: jaxlightning(rows, seq, masks=True),
-        "jaxlightning_lean": lambda: jaxlightning(rows, seq, masks=True, **lean),
-        "jaxlightning_given_labels": lambda: jaxlightning(rows, seq, masks=False, **lean),
-        "flax": lambda: flax(rows, seq),
-        "torch": lambda: torch(rows, seq),
-        "matmul": lambda: matmul(rows, seq),
+        "jaxlightning": lambda: jaxlightning(work, masks=True),
+        "jaxlightning_lean": lambda: jaxlightning(work, masks=True, **lean),
+        "jaxlightning_given_labels": lambda: jaxlightning(work, masks=False, **lean),
+        "jaxlightning_scan": lambda: jaxlightning(work, masks=True, scan_layers=True),
+        "jaxlightning_xla_attention": lambda: jaxlightning(work, masks=True, attention="xla"),
+        "jaxlightning_unrolled_labels": lambda: jaxlightning(work, masks=False),
+        "flax": lambda: flax(work),
+        "torch": lambda: torch(work),
+        "matmul": lambda: matmul(work),
     }
     run, facts = makers[case]()
-    loss = run()
+    loss = float(run())
     if not np.isfinite(loss):
         raise SystemExit(f"{case}: the loss is {loss}")
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
-            run()
+            last = run()
+        float(last)
         print(json.dumps(time.perf_counter() - start), flush=True)
-    with open("/proc/self/status") as file:
-        peak = next((line for line in file if line.startswith("VmHWM")), "VmHWM: 0")
-    print(json.dumps(int(peak.split()[1]) / 1e3), flush=True)
+    print(json.dumps(peak_mb(case)), flush=True)
 
 
 if __name__ == "__main__":

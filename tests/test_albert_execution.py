@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -121,22 +122,24 @@ class OnAGpu:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "drop", "by"),
+    ("dtype", "seq", "dim", "drop", "by"),
     [
-        (jnp.bfloat16, 64, 0.0, "cudnn"),
-        (jnp.float32, 64, 0.0, "xla"),
-        (jnp.bfloat16, 12, 0.0, "xla"),
-        (jnp.bfloat16, 64, 0.1, "xla"),
+        (jnp.bfloat16, 6, 64, 0.0, "cudnn"),
+        (jnp.float32, 6, 64, 0.0, "xla"),
+        (jnp.bfloat16, 6, 12, 0.0, "xla"),
+        (jnp.bfloat16, 7, 64, 0.0, "xla"),
+        (jnp.bfloat16, 6, 64, 0.1, "xla"),
     ],
 )
-def test_cudnn_is_taken_where_it_can_compute_it(monkeypatch, dtype, dim, drop, by):
+def test_cudnn_is_taken_where_it_can_compute_it(monkeypatch, dtype, seq, dim, drop, by):
+    """And is given the mask of each pair: it takes none that is to be broadcast over rows."""
     gpu = OnAGpu(monkeypatch)
-    q = jnp.ones((2, 6, 3, dim), dtype)
-    mask = jnp.ones((2, 1, 6), bool)
+    q = jnp.ones((2, seq, 3, dim), dtype)
+    mask = jnp.ones((2, 1, seq), bool)
     dropout = eqx.nn.Dropout(drop)
     y = attend(q, q, q, mask, dropout, KEY, "auto")
     assert y.shape == q.shape
-    assert gpu.given == ([((2, 6, 3, dim), (2, 1, 1, 6), "cudnn")] if by == "cudnn" else [])
+    assert gpu.given == ([(q.shape, (2, 1, seq, seq), "cudnn")] if by == "cudnn" else [])
 
 
 def test_cudnn_has_no_dropout(monkeypatch):
@@ -146,3 +149,35 @@ def test_cudnn_has_no_dropout(monkeypatch):
         attend(q, q, q, None, eqx.nn.Dropout(0.1), KEY, "cudnn")
     off = eqx.nn.inference_mode(eqx.nn.Dropout(0.1))
     assert attend(q, q, q, None, off, KEY, "cudnn").shape == q.shape
+
+
+def test_cudnn_is_not_for_old_gpus(monkeypatch):
+    OnAGpu(monkeypatch)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
+    q = jnp.ones((2, 6, 3, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"compute capability 7.5, and it needs 8.0"):
+        attend(q, q, q, None, eqx.nn.Dropout(0.0), KEY, "cudnn")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("seq", [16, 130])
+@pytest.mark.parametrize("shown", ["all", "unpadded", "pairs"])
+def test_cudnn_computes_what_xla_does(seq, shown):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (3, seq, 4, 64), jnp.bfloat16) for key in keys)
+    own = jnp.arange(seq) < jnp.array([seq, seq // 2, 1])[:, None]
+    texts = jnp.arange(seq) // 5
+    pairs = (texts[:, None] == texts) & own[:, None, :]
+    mask = {"all": None, "unpadded": own[:, None, :], "pairs": pairs}[shown]
+    counts = jnp.ones((3, seq), bool) if mask is None else own
+
+    def loss(qkv, implementation):
+        y = attend(*qkv, mask, eqx.nn.Dropout(0.0), None, implementation)
+        y = jnp.where(counts[:, :, None, None], y, 0).astype(jnp.float32)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, ours), grads = jax.value_and_grad(loss, has_aux=True)((q, k, v), "cudnn")
+    (_, expected), right = jax.value_and_grad(loss, has_aux=True)((q, k, v), "xla")
+    np.testing.assert_allclose(ours, expected, atol=0.02)
+    for a, b in zip(grads, right, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.03)

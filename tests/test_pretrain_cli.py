@@ -88,7 +88,7 @@ def test_help_lists_every_option(capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "smal"}, r"`--model smal` is no preset and no file.*Did you mean `small`\?"),
+        ({"model": "smal"}, r"`--model smal` is no preset, file or folder.*Did you mean `small`\?"),
         ({"optimizer": "adamv"}, r"`--optimizer adamv` is unknown.*Did you mean `adamw`\?"),
         ({"schedule": "cosin"}, r"`--schedule cosin` is unknown.*Did you mean `cosine`\?"),
         ({"precision": "bf16"}, r"`--precision bf16` is unknown; it is one of `32-true`"),

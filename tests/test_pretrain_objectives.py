@@ -1,7 +1,9 @@
-"""`albert pretrain` as in the paper: pairs, n-grams, packed rows, mixed text, its recipe."""
+"""`albert pretrain` as in the paper: pairs, n-grams, packed rows, mixed text, its recipe; and from
+the weights of another run, with longer rows."""
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -73,3 +75,73 @@ def test_a_run_as_in_the_paper(texts, tmp_path, capsys):
 def test_what_does_not_go_together(texts, capsys, arguments, message):
     assert main(["pretrain", "--text", texts[0], *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# From weights
+
+
+def first_run(texts, out, *arguments):
+    given = [
+        "pretrain", "--text", *texts, "--model", "tiny", "--vocab-size", "80", "--seq-len", "8",
+        "--batch-size", "16", "--steps", "40", "--eval-interval", "20", "--devices", "1",
+        "--out", str(out), *arguments,
+    ]  # fmt: skip
+    assert main(given) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def test_a_run_goes_on_from_the_weights_of_another(texts, tmp_path):
+    """One step that changes nothing scores what the other run scored."""
+    before = first_run(texts, tmp_path / "first")
+    again = [
+        "pretrain", "--text", *texts, "--model", str(tmp_path / "first"), "--lr", "1e-12",
+        "--steps", "1", "--warmup", "0", "--devices", "1",
+    ]  # fmt: skip
+    same = ["--seq-len", "8", "--batch-size", "16", "--out", str(tmp_path / "same")]
+    assert main([*again, *same]) == 0
+    result = json.loads((tmp_path / "same" / "result.json").read_text())
+    assert result["val_loss"] == pytest.approx(before["val_loss"], rel=1e-6)
+    assert not (tmp_path / "same" / "tokenizer.json").exists()
+    # Longer rows are another run of the same weights.
+    longer = ["--seq-len", "32", "--batch-size", "4", "--out", str(tmp_path / "longer")]
+    assert main([*again, *longer]) == 0
+    first, *others = (from_pretrained(tmp_path / name) for name in ("first", "same", "longer"))
+    for other in others:
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_heads_that_the_weights_lack_begin_anew(texts, tmp_path, capsys):
+    first_run(texts, tmp_path / "first", "--steps", "2")
+    capsys.readouterr()
+    arguments = [
+        "pretrain", "--text", *texts, "--model", str(tmp_path / "first" / "model"), "--objective",
+        "mlm+sop", "--seq-len", "24", "--batch-size", "8", "--steps", "2", "--dropout", "0.1",
+        "--devices", "1", "--out", str(tmp_path / "pairs"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "begun with random weights: `albert.pooler.weight`" in said
+    assert "`sop_classifier.classifier.bias`." in said
+    task = from_pretrained(tmp_path / "pairs")
+    assert type(task) is AlbertForPreTraining
+    assert task.config.hidden_dropout_prob == 0.1
+
+
+def test_weights_that_are_not_there_or_do_not_fit(texts, tmp_path, capsys):
+    first_run(texts, tmp_path / "first", "--steps", "2")
+
+    def refused(*arguments):
+        capsys.readouterr()
+        given = ["pretrain", "--text", *texts, "--out", str(tmp_path / "other"), *arguments]
+        assert main(given) == 2
+        return capsys.readouterr().err
+
+    assert "is no folder here, and the hub did not give" in refused("--model", "ab/se/nt")
+    model = tmp_path / "first" / "model"
+    assert "longer than the positions" in refused("--model", str(model), "--seq-len", "65")
+    said = refused("--model", str(model), "--seq-len", "8", "--vocab-size", "81")
+    assert f"`--vocab-size 81`, but the tokenizer `{model}` has " in said
+    (model / "model.safetensors").unlink()
+    assert "There are no weights in" in refused("--model", str(model), "--seq-len", "8")
+    assert not (tmp_path / "other" / "run.json").exists()
