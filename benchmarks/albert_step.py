@@ -67,10 +67,11 @@ class Worker:
             environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         command = [sys.executable, "-m", "benchmarks._albert_worker", case, *map(str, work)]
         self.case = case
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         start = time.perf_counter()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
         )  # fmt: skip
         self.facts: dict[str, float] = self._read()
         self.facts["first_step_s"] = time.perf_counter() - start
@@ -91,7 +92,10 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"The worker of {self.case} ended with {self.process.wait()}.")
+            status = self.process.wait()
+            self.errors.seek(0)
+            said = self.errors.read()[-2000:]
+            raise SystemExit(f"The worker of {self.case} ended with {status}:\n{said}")
         return json.loads(line)
 
 
@@ -110,9 +114,10 @@ def measured(work: Work, cases: list[str], options: argparse.Namespace) -> None:
         def begin(case: str) -> Worker:
             return Worker(case, work, cache, options.huge_pages)
 
-        # One after the other, or else none is timed before all have compiled.
-        with ThreadPoolExecutor(len(cases) + 1 if options.start_together else 1) as pool:
-            begun = list(pool.map(begin, [*cases, "matmul"]))
+        # None is timed before all have compiled; the slowest to compile begins first.
+        order = sorted([*cases, "matmul"], key=lambda case: case != "torch")
+        with ThreadPoolExecutor(options.at_once) as pool:
+            begun = list(pool.map(begin, order))
         workers = {worker.case: worker for worker in begun}
         for _ in range(options.rounds):
             for worker in workers.values():
@@ -160,9 +165,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--cases", nargs="+", metavar="NAME")
     parser.add_argument(
-        "--start-together",
-        action="store_true",
-        help="compile all at once: sooner, but `compile_s` and `first_step_s` count for nothing",
+        "--at-once", type=int, default=1, help="so many compile at once, and are slower at it"
     )
     parser.add_argument("--no-second-start", dest="second_start", action="store_false")
     parser.add_argument(
