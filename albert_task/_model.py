@@ -31,6 +31,7 @@ from ._layers import (
     named_key,
     rematerialised,
 )
+from ._lookup import looked_up
 
 
 class Embeddings(eqx.Module):
@@ -59,23 +60,16 @@ class Embeddings(eqx.Module):
         positions: Int[Array, "batch seq"] | None,
         key: PRNGKeyArray | None,
     ) -> Float[Array, "batch seq embedding"]:
-        x = _rows(self.words, tokens)
+        x = looked_up(self.words, tokens)
         if token_types is None:
             x = x + along_last(self.token_types[0], x)
         else:
-            x = x + _rows(self.token_types, token_types)
+            x = x + looked_up(self.token_types, token_types)
         if positions is None:
             x = x + self.positions[None, : tokens.shape[1]]
         else:
-            x = x + _rows(self.positions, positions)
+            x = x + looked_up(self.positions, positions)
         return dropped(self.dropout, self.norm(x), key, "embeddings")
-
-
-def _rows(
-    table: Float[Array, "rows d"], ids: Int[Array, "batch seq"]
-) -> Float[Array, "batch seq d"]:
-    # An id outside the table gives NaN, which gets noticed; by default it gives some other row.
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Attention(eqx.Module):
