@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from ._layers import dropped
 
 _AMPERE = 8.0
+_TILE = 128
+"""Rows of what cuDNN's kernels work on at a time. What is shorter wastes most of it, and, of 16
+tokens, cannot be captured in a CUDA graph (seen with jax 0.11 on an H200)."""
 
 
 def attend(
@@ -60,6 +63,8 @@ def _no_cudnn(
         return f"it takes 16 bits, and this is {q.dtype}: train with `precision='bf16-mixed'`"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
         return f"a head's width has to be a multiple of 8 up to 128, and is {q.shape[-1]}"
+    if q.shape[1] < _TILE:
+        return f"it is for rows of at least {_TILE} tokens, and these have {q.shape[1]}"
     if mask is not None and q.shape[1] % 2:
         return f"with a mask it takes rows of an even length, and these have {q.shape[1]} tokens"
     if key is not None and dropout.p > 0 and not dropout.inference:

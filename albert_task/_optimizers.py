@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from jaxtyping import PyTree
 
 from jaxlightning._checks import nearest
 from jaxlightning.parallel import leaf_path
+
+from ._config import AlbertConfig
 
 _PAPER_BATCH = 4096
 
@@ -292,3 +295,16 @@ _DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
 }
 OPTIMIZERS = tuple(_DIRECTIONS)
 _ADAPTED = ("lamb", "lamb_reference")
+
+
+def computed_beside(optimizer: str, config: AlbertConfig) -> AlbertConfig:
+    """`config` as the command line computes it beside an optimizer: `attention="auto"` is XLA's
+    beside Muon.
+
+    Steps with cuDNN's attention and Muon in one program failed as they were run, on an H200 with
+    jax 0.11.2 ("cuda_graph_end_capture: capturing stream has unjoined work"); with XLA's attention,
+    and with AdamW, they run.
+    """
+    if optimizer == "muon" and config.attention == "auto":
+        return dataclasses.replace(config, attention="xla")
+    return config

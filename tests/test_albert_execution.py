@@ -125,11 +125,12 @@ class OnAGpu:
 @pytest.mark.parametrize(
     ("dtype", "seq", "dim", "drop", "by"),
     [
-        (jnp.bfloat16, 6, 64, 0.0, "cudnn"),
-        (jnp.float32, 6, 64, 0.0, "xla"),
-        (jnp.bfloat16, 6, 12, 0.0, "xla"),
-        (jnp.bfloat16, 7, 64, 0.0, "xla"),
-        (jnp.bfloat16, 6, 64, 0.1, "xla"),
+        (jnp.bfloat16, 128, 64, 0.0, "cudnn"),
+        (jnp.float32, 128, 64, 0.0, "xla"),
+        (jnp.bfloat16, 128, 12, 0.0, "xla"),
+        (jnp.bfloat16, 129, 64, 0.0, "xla"),
+        (jnp.bfloat16, 64, 64, 0.0, "xla"),
+        (jnp.bfloat16, 128, 64, 0.1, "xla"),
     ],
 )
 def test_cudnn_is_taken_where_it_can_compute_it(monkeypatch, dtype, seq, dim, drop, by):
@@ -145,7 +146,7 @@ def test_cudnn_is_taken_where_it_can_compute_it(monkeypatch, dtype, seq, dim, dr
 
 def test_cudnn_has_no_dropout(monkeypatch):
     OnAGpu(monkeypatch)
-    q = jnp.ones((2, 6, 3, 64), jnp.bfloat16)
+    q = jnp.ones((2, 128, 3, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match="it draws no dropout"):
         attend(q, q, q, None, eqx.nn.Dropout(0.1), KEY, "cudnn")
     off = eqx.nn.inference_mode(eqx.nn.Dropout(0.1))
@@ -155,13 +156,13 @@ def test_cudnn_has_no_dropout(monkeypatch):
 def test_cudnn_is_not_for_old_gpus(monkeypatch):
     OnAGpu(monkeypatch)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability="7.5")])
-    q = jnp.ones((2, 6, 3, 64), jnp.bfloat16)
+    q = jnp.ones((2, 128, 3, 64), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"compute capability 7.5, and it needs 8.0"):
         attend(q, q, q, None, eqx.nn.Dropout(0.0), KEY, "cudnn")
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("seq", [16, 130])
+@pytest.mark.parametrize("seq", [128, 130])
 @pytest.mark.parametrize("shown", ["all", "unpadded", "pairs"])
 def test_cudnn_computes_what_xla_does(seq, shown):
     keys = jax.random.split(jax.random.key(0), 3)
