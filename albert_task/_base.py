@@ -21,7 +21,7 @@ from jaxlightning.parallel import Rule, leaf_path
 from ._config import AlbertConfig
 from ._layers import named_key
 from ._model import Albert
-from ._optimizers import Recipe
+from ._optimizers import Recipe, computed_beside
 from ._rows import Rows
 
 _Task = TypeVar("_Task", bound="AlbertTask")
@@ -59,6 +59,7 @@ class AlbertTask(TaskModule):
 
         **Raises:** `ValueError` for an unknown option, or a value that cannot be.
         """
+        config = computed_beside(options.get("optimizer", Recipe().optimizer), config)
         return cls.of(**cls.parts(config, key), **options)
 
     @classmethod

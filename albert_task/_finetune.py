@@ -37,7 +37,6 @@ from ._encoded import BucketLoader, Encoded
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, kind_of, predicted, write_rows
 from ._model_names import model_folder
-from ._optimizers import computed_beside
 from ._rows import check_vocabulary
 from ._stages import write_json
 from ._tokenizer import load_tokenizer
@@ -101,12 +100,9 @@ def _config(options: FinetuneOptions) -> AlbertConfig:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
         changes = dict.fromkeys(names, options.dropout)
     if options.model in _PRESETS:
-        config = AlbertConfig.preset(options.model, **changes)
-    else:
-        path = Path(options.model)
-        path = path if options.random else model_folder(options.model) / "config.json"
-        config = dataclasses.replace(AlbertConfig.from_json(path), **changes)
-    return computed_beside(options.optimizer, config)
+        return AlbertConfig.preset(options.model, **changes)
+    path = Path(options.model) if options.random else model_folder(options.model) / "config.json"
+    return dataclasses.replace(AlbertConfig.from_json(path), **changes)
 
 
 def _labels(

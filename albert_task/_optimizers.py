@@ -298,8 +298,7 @@ _ADAPTED = ("lamb", "lamb_reference")
 
 
 def computed_beside(optimizer: str, config: AlbertConfig) -> AlbertConfig:
-    """`config` as the command line computes it beside an optimizer: `attention="auto"` is XLA's
-    beside Muon.
+    """`config` as it can be computed beside an optimizer: `attention="auto"` is XLA's beside Muon.
 
     Steps with cuDNN's attention and Muon in one program failed as they were run, on an H200 with
     jax 0.11.2 ("cuda_graph_end_capture: capturing stream has unjoined work"); with XLA's attention,

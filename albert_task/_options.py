@@ -10,7 +10,7 @@ from typing import Any
 
 from ._config import _PRESETS, AlbertConfig
 from ._model_names import check_model, is_configuration, model_folder
-from ._optimizers import OPTIMIZERS, computed_beside
+from ._optimizers import OPTIMIZERS
 
 OBJECTIVES = ("mlm", "mlm+sop")
 SCHEDULES = (
@@ -382,7 +382,6 @@ class PretrainOptions:
         else:
             path = self.model if self.random else model_folder(self.model) / "config.json"
             config = dataclasses.replace(AlbertConfig.from_json(path), **changes)
-        config = computed_beside(self.optimizer, config)
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(
                 f"`--seq-len {self.seq_len}` is longer than the positions of the model "

@@ -1,5 +1,7 @@
 """ALBERT's optimizers held against google-research/albert's arithmetic, written out in numpy."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -186,3 +188,17 @@ def test_the_table():
 def test_what_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**options).check()
+
+
+def test_muon_goes_without_cudnns_attention():
+    """With which it fails on GPUs; what is asked for by name is taken anyway."""
+
+    def attention(optimizer, asked):
+        config = dataclasses.replace(TINY, attention=asked)
+        return AlbertForMaskedLM.init(
+            config, jax.random.key(0), optimizer=optimizer
+        ).config.attention
+
+    assert attention("muon", "auto") == "xla"
+    assert attention("adamw", "auto") == "auto"
+    assert attention("muon", "cudnn") == "cudnn"

@@ -134,14 +134,6 @@ def test_a_preset_takes_the_vocabulary_of_the_tokenizer():
     assert PretrainOptions(model="small", dropout=0.25).config().hidden_dropout_prob == 0.25
 
 
-def test_muon_goes_without_cudnns_attention(tmp_path):
-    assert PretrainOptions(optimizer="muon").config().attention == "xla"
-    assert PretrainOptions(optimizer="adamw").config().attention == "auto"
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps({"model_type": "albert", "attention": "cudnn"}))
-    assert PretrainOptions(model=str(path), optimizer="muon").config().attention == "cudnn"
-
-
 @pytest.mark.parametrize(("size", "which"), [(601, "larger"), (599, "smaller")])
 def test_a_vocabulary_that_is_not_the_models_is_refused(tmp_path, size, which):
     path = tmp_path / "config.json"
