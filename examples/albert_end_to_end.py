@@ -3,19 +3,24 @@
     python -m examples.albert_end_to_end --text wiki_paragraphs.txt --sst2 sst2 --squad squad
 
 `--sst2` is a folder with `train.tsv` and `dev.tsv`, `--squad` one with `train-v1.1.json` and
-`dev-v1.1.json`. Both tasks are learnt three times from the pretrained weights and three times from
-random ones, by the same commands otherwise, and scored on the same held-out examples. All that is
-done is kept under `--out`: the same command goes on.
+`dev-v1.1.json`. Pretraining begins with short rows, from which a model learns soonest how words
+follow each other, and goes on with longer ones. Both tasks are learnt three times from the
+pretrained weights and three times from random ones, by the same commands otherwise, and scored on
+the same held-out examples. All that is done is kept under `--out`: the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from albert_task._cli import main as albert
+
+STAGES = ((16, 256, 2500), (64, 64, 700), (128, 32, 600))
+"""Of pretraining: tokens in a row, rows in a batch, steps."""
 
 
 def run(*arguments: str) -> None:
@@ -24,6 +29,20 @@ def run(*arguments: str) -> None:
     status = albert(list(arguments))
     if status:
         raise SystemExit(status)
+
+
+def pretrained(text: str, out: Path, stages: Sequence[tuple[int, int, int]]) -> Path:
+    """The folder of the last stage, each of which begins with the weights of the one before."""
+    model = "small"
+    for seq_len, rows, steps in stages:
+        folder = out / f"pretrained_{seq_len}"
+        run(
+            "pretrain", "--text", text, "--model", model, "--seq-len", str(seq_len),
+            "--batch-size", str(rows), "--steps", str(steps), "--val-rows", "512",
+            "--out", str(folder),
+        )  # fmt: skip
+        model = str(folder)
+    return Path(model)
 
 
 def some_questions(source: Path, target: Path, count: int) -> Path:
@@ -72,21 +91,22 @@ def main() -> None:
     parser.add_argument("--sst2", type=Path, required=True)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/end_to_end"))
-    parser.add_argument("--steps", type=int, default=4000, help="of pretraining")
+    parser.add_argument(
+        "--stage",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("TOKENS", "ROWS", "STEPS"),
+        help=f"of pretraining; several in order (default: {STAGES})",
+    )
     parser.add_argument("--sentences", type=int, default=1000, help="of SST-2 to learn from")
     parser.add_argument("--questions", type=int, default=5000, help="of SQuAD to learn from")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    pretrained = options.out / "pretrained"
-    run(
-        "pretrain", "--text", options.text, "--model", "small", "--steps", str(options.steps),
-        "--batch-size", "32", "--seq-len", "128", "--eval-interval", "1000",
-        "--out", str(pretrained),
-    )  # fmt: skip
-    model = str(pretrained / "model")
+    model = str(pretrained(options.text, options.out, options.stage or STAGES) / "model")
     models = {"pretrained": model, "random": str(Path(model) / "config.json")}
-    learn = ["--optimizer", "muon", "--batch-size", "32", "--seeds", str(options.seeds)]
+    learn = ["--batch-size", "32", "--seeds", str(options.seeds)]
     lines = fine_tuned(
         "sst2",
         options.out,
@@ -94,8 +114,8 @@ def main() -> None:
         [
             "--train", str(options.sst2 / "train.tsv"),
             "--validation", str(options.sst2 / "dev.tsv"),
-            "--limit", str(options.sentences), "--max-length", "64", "--epochs", "3",
-            "--lr", "1e-3", *learn,
+            "--limit", str(options.sentences), "--max-length", "64", "--epochs", "8",
+            "--lr", "4e-4", *learn,
         ],
     )  # fmt: skip
     train = some_questions(
@@ -108,7 +128,7 @@ def main() -> None:
         models,
         [
             "--task", "qa", "--train", str(train), "--validation", str(dev),
-            "--max-length", "320", "--epochs", "2", "--lr", "1e-3", *learn,
+            "--max-length", "128", "--doc-stride", "64", "--epochs", "2", "--lr", "1e-3", *learn,
         ],
     )  # fmt: skip
     print("\ntask    start       metric          mean ± spread (each seed)")
