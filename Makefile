@@ -22,9 +22,10 @@ help:
 setup:
 	@PYTHON='$(PYTHON)' sh scripts/setup
 
+# Short rows, from which a model learns soonest; longer ones go on from it (README.md).
 # `exec`: signals reach the training process itself, and its last words come before make's.
 pretrain: setup
-	@exec env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/albert pretrain $(ARGS)
+	@exec env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/albert pretrain --seq-len 16 --batch-size 128 $(ARGS)
 
 test: setup
 	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
