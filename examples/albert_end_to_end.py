@@ -99,7 +99,7 @@ def main() -> None:
         metavar=("TOKENS", "ROWS", "STEPS"),
         help=f"of pretraining; several in order (default: {STAGES})",
     )
-    parser.add_argument("--sentences", type=int, default=20_000, help="of SST-2 to learn from")
+    parser.add_argument("--sentences", type=int, default=70_000, help="of SST-2, at most")
     parser.add_argument("--questions", type=int, default=5000, help="of SQuAD to learn from")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -114,7 +114,7 @@ def main() -> None:
         [
             "--train", str(options.sst2 / "train.tsv"),
             "--validation", str(options.sst2 / "dev.tsv"),
-            "--limit", str(options.sentences), "--max-length", "64", "--epochs", "2",
+            "--limit", str(options.sentences), "--max-length", "64", "--epochs", "1",
             "--lr", "4e-4", *learn,
         ],
     )  # fmt: skip
