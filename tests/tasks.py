@@ -59,6 +59,29 @@ class TwoLosses(Classifier):
         return {"nll": loss, "size": 0.1 * Mean.over(size, batch["y"] == 0)}
 
 
+class Products(TaskModule):
+    """A step takes as many small products in a row as its first number says."""
+
+    weight: jax.Array
+
+    def training_step(self, batch, *, key):
+        squash = lambda i, x: jnp.tanh(x @ jax.lax.stop_gradient(self.weight))
+        times = batch["x"][0, 0].astype(jnp.int32)
+        out = jax.lax.fori_loop(0, times, squash, batch["x"])
+        return Mean.over(out + self.weight.sum()), {}
+
+    def configure_optimizers(self):
+        return optax.sgd(0.0)
+
+
+def fit_with_one_slow_step(trainer, slow, steps):
+    """A fit of which step `slow` (from 0) takes seconds and each other one next to nothing: what
+    the host does meanwhile can be seen, also on a busy machine."""
+    x = np.ones((steps, 64, 256), np.float32)
+    x[slow] = 10_000
+    trainer.fit(Products(jnp.eye(256)), DataLoader({"x": x.reshape(-1, 256)}, 64))
+
+
 def hand_loss(net, batch):
     """The masked mean of the classifier's loss, in plain JAX."""
     logits = jax.vmap(net)(batch["x"])

@@ -6,11 +6,10 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from tasks import Classifier, quiet, rows
+from tasks import Classifier, fit_with_one_slow_step, quiet, rows
 
-from jaxlightning import Callback, DataLoader, Mean, TaskModule
+from jaxlightning import Callback, DataLoader
 from jaxlightning import _stream as stream_module
 from jaxlightning._fit import RUN_AHEAD, FitRun
 from jaxlightning.callbacks import ModelCheckpoint, TQDMProgressBar
@@ -127,23 +126,6 @@ def test_nothing_compiles_after_the_first_interval(tmp_path, k):
     assert at_boundary[0] == at_boundary[1]
 
 
-class Slow(TaskModule):
-    """A step that takes long: many small products in a row."""
-
-    weight: jax.Array
-
-    def training_step(self, batch, *, key):
-        squash = lambda i, x: jnp.tanh(x @ self.weight)
-        out = jax.lax.fori_loop(0, 3000, squash, batch["x"])
-        return Mean.over(out), {}
-
-    def configure_optimizers(self):
-        return optax.sgd(0.0)
-
-    def trainable(self):
-        return jax.tree.map(lambda _: True, self)
-
-
 def test_hooks_reach_the_run_ahead_bound_before_the_first_step_has_ended():
     """And never go beyond it: then the host waits."""
     first: list = []
@@ -157,20 +139,9 @@ def test_hooks_reach_the_run_ahead_bound_before_the_first_step_has_ended():
             if len(first) > RUN_AHEAD:
                 assert first[-1 - RUN_AHEAD].is_ready()
 
-    batches = {"x": np.ones((12 * 64, 256), np.float32)}
-    trainer = quiet(max_epochs=1, callbacks=Watches())
-    trainer.fit(SlowForward(jnp.eye(256) * 0.5), DataLoader(batches, 64))
+    fit_with_one_slow_step(quiet(max_epochs=1, callbacks=Watches()), slow=0, steps=12)
     assert ready[:RUN_AHEAD] == [False] * RUN_AHEAD
     assert len(ready) == 12
-
-
-class SlowForward(Slow):
-    """Slow without a backward pass through the loop."""
-
-    def training_step(self, batch, *, key):
-        squash = lambda i, x: jnp.tanh(x @ jax.lax.stop_gradient(self.weight))
-        out = jax.lax.fori_loop(0, 300, squash, batch["x"])
-        return Mean.over(out + self.weight.sum()), {}
 
 
 def test_barebones_collects_nothing():

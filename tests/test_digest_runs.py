@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from digests import reference
-from tasks import FEATURES, quiet, rows
+from tasks import FEATURES, fit_with_one_slow_step, quiet, rows
 
 from jaxlightning import Callback, DataLoader, Mean, TaskModule, buffer
 from jaxlightning._digest import DigestRecord, named_arrays
@@ -252,8 +252,6 @@ class Watches(Callback):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_host_does_not_wait_for_the_step_that_it_digests(tmp_path, k):
-    from test_costs_nothing import SlowForward  # type: ignore[import-not-found]
-
     watches = Watches()
     trainer = quiet(
         default_root_dir=tmp_path,
@@ -262,8 +260,7 @@ def test_the_host_does_not_wait_for_the_step_that_it_digests(tmp_path, k):
         callbacks=[Digest(), watches],
         steps_per_dispatch=k,
     )
-    batches = {"x": np.ones((8 * 64, 256), np.float32)}
-    trainer.fit(SlowForward(jnp.eye(256) * 0.5), DataLoader(batches, 64))
+    fit_with_one_slow_step(trainer, slow=3, steps=8)
     assert watches.ready[4] is False
 
 
