@@ -186,11 +186,11 @@ class Steps(Callback):
 def training():
     """A short training: the task before and after, its losses, and validations of it."""
     before = AlbertForMaskedLM.init(
-        LEARNABLE, KEY, learning_rate=2e-2, warmup_steps=20, total_steps=150
+        LEARNABLE, KEY, learning_rate=1e-2, warmup_steps=20, total_steps=300
     )
     validation = DataLoader(repetitions(32, seed=1), 16)
     steps = Steps()
-    trainer = quiet(max_steps=150, callbacks=steps)  # five epochs
+    trainer = quiet(max_steps=300, callbacks=steps)  # ten epochs
     after = trainer.fit(before, DataLoader(repetitions(960), 32, shuffle=True), validation)
     found = dict(trainer.callback_metrics)
     return before, after, steps.losses, found, trainer.validate(after, validation)
@@ -198,7 +198,7 @@ def training():
 
 def test_training_learns_what_there_is_to_learn(training):
     before, after, losses, found, _ = training
-    assert len(losses) == 150
+    assert len(losses) == 300
     assert np.mean(losses[:5]) > 2.2  # chance is ln 12 = 2.48
     assert np.mean(losses[-20:]) < 0.5
     assert found["val/loss"] < 0.5
