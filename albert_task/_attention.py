@@ -15,8 +15,7 @@ from ._layers import dropped
 
 _AMPERE = 8.0
 _TILE = 128
-"""Rows of what cuDNN's kernels work on at a time. What is shorter wastes most of it, and, of 16
-tokens, cannot be captured in a CUDA graph (seen with jax 0.11 on an H200)."""
+"""The shortest rows that cuDNN's kernels, which work on so many at a time, are worth it for."""
 
 
 def attend(

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from ._config import _PRESETS, AlbertConfig
+from ._config import _PRESETS
 from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask, pseudo_perplexity
 from ._finetune_options import DataOptions
 from ._kinds import KINDS, QuestionAnswering, predicted
+from ._model_names import configuration
 from ._options import PRECISIONS, option
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
@@ -252,10 +253,7 @@ def plan(options: PlanOptions) -> int:
     from jaxlightning.cli._plan import _mesh
 
     changes: dict[str, Any] = {"remat": options.remat, "scan_layers": options.scan_layers}
-    if options.model in _PRESETS:
-        config = AlbertConfig.preset(options.model, **changes)
-    else:
-        config = dataclasses.replace(AlbertConfig.from_json(options.model), **changes)
+    config = configuration(options.model, **changes)
     shape = (options.batch_size, options.seq_len)
     of_rows = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     of_tokens = jax.ShapeDtypeStruct(shape, jnp.int32)

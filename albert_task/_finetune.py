@@ -99,10 +99,7 @@ def _config(options: FinetuneOptions) -> AlbertConfig:
     if options.dropout is not None:
         names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
         changes = dict.fromkeys(names, options.dropout)
-    if options.model in _PRESETS:
-        return AlbertConfig.preset(options.model, **changes)
-    path = Path(options.model) if options.random else model_folder(options.model) / "config.json"
-    return dataclasses.replace(AlbertConfig.from_json(path), **changes)
+    return options.configured(**changes)
 
 
 def _labels(
@@ -236,9 +233,8 @@ def initial_task(setting: Setting, seed: int, steps: int) -> AlbertTask:
     key = jax.random.key(seed)
     if options.random:
         return setting.kind.task.init(config, key, **recipe)
-    names = [field.name for field in dataclasses.fields(config)]
-    fields: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return from_pretrained(options.model, setting.kind.task, key=key, **fields, **recipe)
+    fields = dataclasses.asdict(config)
+    return from_pretrained(options.folder, setting.kind.task, key=key, **fields, **recipe)
 
 
 def _trainer(setting: Setting, folder: Path, seed: int, saved: ModelCheckpoint) -> Trainer:

@@ -9,7 +9,7 @@ from jaxlightning._checks import nearest
 from ._config import _PRESETS
 from ._features import Columns
 from ._kinds import KINDS, Kind, QuestionAnswering
-from ._model_names import check_model, is_configuration
+from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
 from ._options import PRECISIONS, flag, option
 
@@ -129,7 +129,7 @@ _LEAST = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(DataOptions):
+class FinetuneOptions(DataOptions, NamesModel):
     """The options of `albert finetune`.
 
     **Raises:** `ValueError` for a value that cannot be.
@@ -271,11 +271,6 @@ class FinetuneOptions(DataOptions):
                 "`--patience` counts epochs without improvement on validation examples. Give "
                 "some: `--validation FILE`."
             )
-
-    @property
-    def random(self) -> bool:
-        """Whether the model begins with random weights."""
-        return is_configuration(self.model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from einops import rearrange
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from jaxlightning.parallel import axis_size
 
@@ -111,6 +112,15 @@ def activation(name: str) -> Callable[[Array], Array]:
         "swish": jax.nn.silu,
         "tanh": jnp.tanh,
     }[name]
+
+
+def in_turns(x: Shaped[Array, "batch seq ..."], several: int) -> Shaped[Array, ...]:
+    """Parts the sequence into turns of `several` places, with zeros after the last one:
+    (turns, batch, several, …), for `jax.lax.map` and `scan`. The batch stays as it lies on the
+    devices."""
+    spare = -x.shape[1] % several
+    x = jnp.pad(x, [(0, 0), (0, spare), *[(0, 0)] * (x.ndim - 2)])
+    return rearrange(x, "batch (turns several) ... -> turns batch several ...", several=several)
 
 
 def rematerialised(function: Callable[..., Array], policy: str) -> Callable[..., Array]:

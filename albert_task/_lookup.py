@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float, Int
+
+from ._layers import in_turns
 
 _AT_ONCE = 2**27
 """Entries of the matrix that a gradient is computed by: 268 MB in 16 bits."""
@@ -19,7 +20,7 @@ def looked_up(
 
     On a GPU the gradient is a product of matrices, and no scattered addition. Of a masked language
     model's tokens every seventh is the same, [MASK], and thousands of threads would add to one row
-    in turn: XLA's atomic additions made ALBERT-base's whole step more than twice as slow
+    in turn: XLA's atomic additions made ALBERT-base's whole step three times as slow
     (openxla/xla #26371 and #46225), and their order, so the sum, differs from run to run.
     """
     if jax.default_backend() != "gpu":
@@ -56,11 +57,6 @@ def _summed(gradient: Array, ids: Array, rows: int) -> Float[Array, "rows d"]:
     """The sum of `gradient` over the places of each id, in float32."""
     batch, seq = ids.shape
     several = max(1, min(seq, _AT_ONCE // (rows * batch)))
-    # Parted along the sequence: the batch stays as it lies on the devices.
-    spare = -seq % several
-    ids = jnp.pad(ids, [(0, 0), (0, spare)], constant_values=-1)
-    gradient = jnp.pad(gradient, [(0, 0), (0, spare), (0, 0)])
-    parts = "batch (turns several) ... -> turns batch several ..."
 
     def turn(total: Array, part: tuple[Array, ...]) -> tuple[Array, None]:
         ids, gradient = part
@@ -75,5 +71,4 @@ def _summed(gradient: Array, ids: Array, rows: int) -> Float[Array, "rows d"]:
         return total + sums, None
 
     start = jnp.zeros((rows, gradient.shape[-1]), jnp.float32)
-    turns = tuple(rearrange(x, parts, several=several) for x in (ids, gradient))
-    return jax.lax.scan(turn, start, turns)[0]
+    return jax.lax.scan(turn, start, (in_turns(ids, several), in_turns(gradient, several)))[0]

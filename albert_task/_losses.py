@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from ._layers import in_turns
 from ._model import MaskedLMHead
 
 CHUNK = 1024
@@ -40,19 +41,12 @@ def scored(
     several = max(1, chunk // batch)
     if some <= several:
         return _scored(head, words, hidden, labels)
-    turns = -(-some // several)
-    spare = turns * several - some
-
-    def turned(x: Array) -> Array:
-        # Parted along a row's positions: the batch stays as it lies on the devices.
-        x = jnp.pad(x, [(0, 0), (0, spare), *[(0, 0)] * (x.ndim - 2)])
-        return rearrange(x, "batch (turns several) ... -> turns batch several ...", turns=turns)
 
     @jax.checkpoint
     def turn(part: tuple[Array, Array]) -> Scored:
         return _scored(head, words, *part)
 
-    parts = jax.lax.map(turn, (turned(hidden), turned(labels)))
+    parts = jax.lax.map(turn, (in_turns(hidden, several), in_turns(labels, several)))
     whole = "turns batch several -> batch (turns several)"
     return Scored(*(rearrange(part, whole)[:, :some] for part in parts))
 

@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 from jaxlightning._checks import nearest
 
-from ._config import _PRESETS
+from ._config import _PRESETS, AlbertConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
 
-def is_configuration(model: str) -> bool:
-    """Whether a `--model` is a preset or a `config.json`, and so begins with random weights."""
-    return model in _PRESETS or (Path(model).is_file() and model.endswith(".json"))
+class NamesModel:
+    """What follows from the `model` that options name."""
+
+    model: str
+
+    @property
+    def random(self) -> bool:
+        """Whether the model begins with random weights: a preset or a `config.json` has none."""
+        return self.model in _PRESETS or (
+            Path(self.model).is_file() and self.model.endswith(".json")
+        )
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """`model_folder` of a model that has weights. The hub is asked once."""
+        return model_folder(self.model)
+
+    def configured(self, **changes: Any) -> AlbertConfig:
+        """The model's configuration, with some fields changed.
+
+        **Raises:** `FileNotFoundError` where there is no model; `ValueError` for a configuration
+        that cannot be.
+        """
+        name = self.model if self.random else str(self.folder / "config.json")
+        return configuration(name, **changes)
+
+
+def configuration(name: str, **changes: Any) -> AlbertConfig:
+    """That of a preset or of a `config.json`, with some fields changed."""
+    if name in _PRESETS:
+        return AlbertConfig.preset(name, **changes)
+    return dataclasses.replace(AlbertConfig.from_json(name), **changes)
 
 
 def check_model(model: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ._config import _PRESETS, AlbertConfig
-from ._model_names import check_model, is_configuration, model_folder
+from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
 
 OBJECTIVES = ("mlm", "mlm+sop")
@@ -37,7 +37,7 @@ def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), *
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainOptions:
+class PretrainOptions(NamesModel):
     """The options of `albert pretrain`, which has a `--vocab-size` for `vocab_size`, and so on.
 
     **Raises:** `ValueError` for a value that cannot be.
@@ -66,7 +66,8 @@ class PretrainOptions:
     split: str = option("train", "which split of a dataset", group="data", metavar="NAME")
     tokenizer: str | None = option(
         None,
-        "a spiece.model or tokenizer.json; without it one is trained on the text",
+        "a spiece.model or tokenizer.json; without it that of a --model with weights, or else one "
+        "is trained on the text",
         group="data",
         metavar="FILE",
     )
@@ -342,11 +343,6 @@ class PretrainOptions:
         return next((peak for limit, peak in _PEAKS.items() if width < limit), _WIDE_PEAK)
 
     @property
-    def random(self) -> bool:
-        """Whether the model begins with random weights."""
-        return is_configuration(self.model)
-
-    @property
     def own_vocab_size(self) -> int | None:
         """The vocabulary that the model insists on: only a preset takes any."""
         return None if self.model in _PRESETS else self.config().vocab_size
@@ -375,13 +371,9 @@ class PretrainOptions:
             changes = dict.fromkeys(
                 ("hidden_dropout_prob", "attention_probs_dropout_prob"), self.dropout
             )
-        if self.model in _PRESETS:
-            if vocab_size is not None:
-                changes["vocab_size"] = vocab_size
-            config = AlbertConfig.preset(self.model, **changes)
-        else:
-            path = self.model if self.random else model_folder(self.model) / "config.json"
-            config = dataclasses.replace(AlbertConfig.from_json(path), **changes)
+        if self.model in _PRESETS and vocab_size is not None:
+            changes["vocab_size"] = vocab_size
+        config = self.configured(**changes)
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(
                 f"`--seq-len {self.seq_len}` is longer than the positions of the model "

@@ -186,9 +186,8 @@ def new_task(
         b2=options.b2,
     )
     if not options.random:
-        names = [field.name for field in dataclasses.fields(prepared.config)]
-        recipe |= {name: getattr(prepared.config, name) for name in names}
-        return from_pretrained(options.model, kind, key=key, **recipe)
+        fields = dataclasses.asdict(prepared.config)
+        return from_pretrained(options.folder, kind, key=key, **fields, **recipe)
     task = kind.init(prepared.config, key, **recipe)
     bias = jnp.log(jnp.asarray(frequencies, jnp.float32))
     return eqx.tree_at(lambda task: task.head.bias, task, bias)

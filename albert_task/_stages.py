@@ -26,7 +26,6 @@ from jaxlightning._checkpoint_files import RunLock, RunLocked
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData
-from ._model_names import model_folder
 from ._options import PretrainOptions, flag
 from ._store import TokenStore, encode_documents, open_tokens
 from ._text import AllText, TextFiles, TextSource, open_dataset
@@ -258,7 +257,7 @@ def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
     if options.tokenizer is not None:
         path = Path(options.tokenizer)
     elif not options.random:
-        path = model_folder(options.model)
+        path = options.folder
     else:
         return None
     tokenizer = load_tokenizer(path)

@@ -93,7 +93,7 @@ def jaxlightning(work: Work, masks: bool, **how: Any) -> tuple[Step, dict[str, f
 
     program, facts = compiled(step, *state, batch, jnp.int32(0))
 
-    def run() -> float:
+    def run() -> Any:
         state[0], state[1], loss = program(*state, batch, jnp.int32(1))
         return loss
 
@@ -133,7 +133,7 @@ def flax(work: Work) -> tuple[Step, dict[str, float]]:
 
     program, facts = compiled(step, *state, ids, labels, jnp.int32(0))
 
-    def run() -> float:
+    def run() -> Any:
         state[0], state[1], loss = program(*state, ids, labels, jnp.int32(1))
         return loss
 

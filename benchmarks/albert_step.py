@@ -99,12 +99,13 @@ class Worker:
         return json.loads(line)
 
 
-def available() -> list[str]:
+def available(precision: str) -> list[str]:
     """The cases that this machine can run, but for those that are asked for by name."""
     cases = list(OURS)
     if importlib.util.find_spec("transformers") is not None:
         cases += ["torch"] if importlib.util.find_spec("torch") else []
-        cases += ["flax"] if importlib.util.find_spec("transformers.modeling_flax_utils") else []
+        has_flax = importlib.util.find_spec("transformers.modeling_flax_utils") is not None
+        cases += ["flax"] if has_flax and precision == "32-true" else []
     return cases
 
 
@@ -174,7 +175,7 @@ def main() -> None:
     options = parser.parse_args()
     for seq in options.sequences:
         work = Work(options.rows or ROWS[seq], seq, options.model, options.precision)
-        measured(work, options.cases or available(), options)
+        measured(work, options.cases or available(options.precision), options)
 
 
 if __name__ == "__main__":
