@@ -59,11 +59,12 @@ def _scored(head: MaskedLMHead, words: Array, hidden: Array, labels: Array) -> S
 def cross_entropy(
     logits: Float[Array, "batch some vocab"], labels: Int[Array, "batch some"]
 ) -> Float[Array, "batch some"]:
-    """The negative log likelihood of each label, in the logits' dtype.
+    """The negative log likelihood of each label, in the logits' dtype; NaN for what is no class.
 
     The label's logit is summed out, not looked up: where logits are sharded over the vocabulary,
     each device has some, and looking one up would gather them all.
     """
     at = rearrange(labels, "batch some -> batch some 1")
     is_label = jax.lax.broadcasted_iota(at.dtype, logits.shape, 2) == at
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_label, logits, 0).sum(axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_label, logits, 0).sum(axis=-1)
+    return jnp.where((labels >= 0) & (labels < logits.shape[-1]), nll, jnp.nan)

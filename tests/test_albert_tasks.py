@@ -216,6 +216,20 @@ def test_every_validation_asks_the_same(training):
     assert quiet().validate(after, DataLoader(repetitions(32, seed=1), 16)) == again
 
 
+def test_labels_that_are_no_class_make_the_loss_nan(task):
+    """And not a number that looks like a loss: 7 of two classes, or -1 where -100 is meant."""
+    tokens = rows(2)
+    for wrong in (-1, task.config.vocab_size):
+        labels = np.full(tokens.shape, -100, np.int32)
+        labels[:, 3] = 7
+        batch = {"input_ids": jnp.asarray(tokens), "labels": jnp.asarray(labels)}
+        loss, _ = task.training_step(batch, key=KEY)
+        assert np.isfinite(loss.compute())
+        batch["labels"] = batch["labels"].at[0, 4].set(wrong)
+        loss, _ = task.training_step(batch, key=KEY)
+        assert np.isnan(loss.compute())
+
+
 def test_bf16_mixed_has_float32_logits_and_loss(task, monkeypatch):
     seen = {}
     call, entropy = Albert.__call__, _losses.cross_entropy
