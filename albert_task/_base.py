@@ -114,7 +114,7 @@ class AlbertTask(TaskModule):
         )
 
     def configure_optimizers(self) -> optax.GradientTransformation:
-        return self.recipe.build()
+        return self.recipe.build(self.config.num_hidden_groups)
 
     def trainable(self) -> PyTree[bool]:
         """All parameters but those that the recipe freezes."""

@@ -50,10 +50,12 @@ class Recipe(NamedTuple):
     """Over which the learning rate rises linearly from 0."""
     total_steps: int | None = None
     """At which it has fallen to 0; `None`: it stays at the peak."""
-    b1: float = 0.9
+    b1: float | None = None
+    """Decay of the first moment, or momentum. `None`: 0.9, and 0.95 of Muon's matrices."""
     b2: float = 0.98
     """For a few thousand steps. The paper's runs are longer, and have 0.999."""
     eps: float = 1e-6
+    """Of AdamW and LAMB."""
     schedule: str = "linear"
     """`"linear"`: falls from the peak at the end of the warm-up. `"polynomial"`, the reference's:
     falls from step 0 on, with the exponent `power`, and the warm-up takes its place before."""
@@ -77,14 +79,25 @@ class Recipe(NamedTuple):
             return self.learning_rate
         return self.learning_rate * math.sqrt(self.batch_size / _PAPER_BATCH)
 
-    def build(self) -> optax.GradientTransformation:
-        """Decay is decoupled and scaled by the learning rate, whatever the optimizer.
+    @property
+    def momentum(self) -> float:
+        """`b1`, or what it is by default."""
+        return 0.9 if self.b1 is None else self.b1
+
+    def build(self, groups: int = 1) -> optax.GradientTransformation:
+        """Decay is decoupled and scaled by the learning rate, whatever the optimizer. Moments are
+        in float32 also where parameters are in 16 bits, in which 0.999 would be 1.
+
+        **Arguments:**
+
+        - `groups`: how many groups of layers the model has, for `layer_decay` and gradual
+          unfreezing.
 
         **Raises:** `ValueError` for an unknown name, or numbers that cannot be.
         """
         self.check()
         parts = [
-            _DIRECTIONS[self.optimizer](self),
+            _in_float32(_DIRECTIONS[self.optimizer](self)),
             optax.add_decayed_weights(self.weight_decay, mask=matrices),
         ]
         if self.optimizer in _ADAPTED:
@@ -95,7 +108,7 @@ class Recipe(NamedTuple):
         scale = optax.inject_hyperparams(optax.scale_by_learning_rate)
         parts.append(scale(learning_rate=self._schedule()))
         if self.layer_decay != 1 or self.unfreeze_every:
-            parts.append(_by_stage(self))
+            parts.append(_by_stage(self, groups))
         return optax.chain(*parts)
 
     def _schedule(self) -> optax.ScalarOrSchedule:
@@ -118,14 +131,14 @@ class Recipe(NamedTuple):
         return any(re.search(pattern, path) for pattern in self.frozen)
 
     def table(self, task: PyTree) -> list[Trained]:
-        """How each parameter of `task` is trained, in its order. `print_table` prints it."""
-        stages = _stages(task)
+        """How each parameter of `task` is trained, in its order."""
+        groups = task.config.num_hidden_groups
         rows = []
         for path, leaf in jax.tree_util.tree_leaves_with_path(task):
             if not eqx.is_inexact_array(leaf):
                 continue
             name, matrix = leaf_path(path), leaf.ndim > 1
-            trained = not self.freezes(name)
+            trained, stage = not self.freezes(name), _stage(name, groups)
             rows.append(
                 Trained(
                     name,
@@ -133,11 +146,26 @@ class Recipe(NamedTuple):
                     trained,
                     decays=trained and matrix and self.weight_decay > 0,
                     adapts=trained and matrix and self.optimizer in _ADAPTED,
-                    rate=self.peak * self.layer_decay ** stages(name) if trained else 0.0,
-                    from_step=stages(name) * self.unfreeze_every,
+                    rate=self.peak * self.layer_decay**stage if trained else 0.0,
+                    from_step=stage * self.unfreeze_every,
                 )
             )
         return rows
+
+    def describe(self, task: PyTree) -> str:
+        """`table`, for people."""
+        rows = self.table(task)
+        width = max(len(row.path) for row in rows)
+        lines = [f"{'parameter':<{width}}  {'shape':>14}  decays  adapts      rate  from step"]
+        for row in rows:
+            shape = "×".join(map(str, row.shape))
+            yes = ["yes" if flag else "no" for flag in (row.decays, row.adapts)]
+            rate = f"{row.rate:.2e}" if row.trained else "frozen"
+            lines.append(
+                f"{row.path:<{width}}  {shape:>14}  {yes[0]:>6}  {yes[1]:>6}  {rate:>8}  "
+                f"{row.from_step:>9}"
+            )
+        return "\n".join(lines)
 
     def check(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
@@ -183,52 +211,28 @@ class Trained(NamedTuple):
     from_step: int
     """The first step in which it learns."""
 
-    @staticmethod
-    def listed(rows: list[Trained]) -> str:
-        """A table for people."""
-        width = max(len(row.path) for row in rows)
-        lines = [f"{'parameter':<{width}}  {'shape':>14}  decays  adapts      rate  from step"]
-        for row in rows:
-            shape = "×".join(map(str, row.shape))
-            yes = ["yes" if flag else "no" for flag in (row.decays, row.adapts)]
-            rate = f"{row.rate:.2e}" if row.trained else "frozen"
-            lines.append(
-                f"{row.path:<{width}}  {shape:>14}  {yes[0]:>6}  {yes[1]:>6}  {rate:>8}  "
-                f"{row.from_step:>9}"
-            )
-        return "\n".join(lines)
 
-
-def _stages(params: PyTree) -> Callable[[str], int]:
-    """How far from the output a parameter is, by its path."""
-    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    found = [re.search(r"(?:^|/)groups/(\d+)/", path) for path in paths]
-    groups = 1 + max((int(match[1]) for match in found if match), default=0)
-
-    def stage(path: str) -> int:
-        match = re.search(r"(?:^|/)groups/(\d+)/", path)
-        if match:
-            return groups - int(match[1])
-        return groups + 1 if re.search(r"(?:^|/)(embeddings|mapping)/", path) else 0
-
-    return stage
+def _stage(path: str, groups: int) -> int:
+    """How far from the output a parameter is."""
+    match = re.search(r"(?:^|/)groups/(\d+)/", path)
+    if match:
+        return groups - int(match[1])
+    return groups + 1 if re.search(r"(?:^|/)(embeddings|mapping)/", path) else 0
 
 
 class StagesState(NamedTuple):
     step: jax.Array
 
 
-def _by_stage(recipe: Recipe) -> optax.GradientTransformation:
+def _by_stage(recipe: Recipe, groups: int) -> optax.GradientTransformation:
     """Slows the updates of each stage, and holds them back until its step."""
 
     def init(params: PyTree) -> StagesState:
         return StagesState(jnp.zeros((), jnp.int32))
 
     def update(updates: PyTree, state: StagesState, params: PyTree | None = None) -> Any:
-        stages = _stages(updates)
-
         def scaled(path: Any, leaf: jax.Array) -> jax.Array:
-            stage = stages(leaf_path(path))
+            stage = _stage(leaf_path(path), groups)
             slow = leaf * jnp.asarray(recipe.layer_decay**stage, leaf.dtype)
             learns = state.step >= stage * recipe.unfreeze_every
             return jnp.where(learns, slow, jnp.zeros_like(slow))
@@ -237,6 +241,20 @@ def _by_stage(recipe: Recipe) -> optax.GradientTransformation:
         return moved, StagesState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(init, update)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on gradients and parameters in float32, where they have less."""
+
+    def widened(tree: PyTree) -> PyTree:
+        narrow = lambda x: jnp.finfo(x.dtype).bits < 32
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if narrow(x) else x, tree)
+
+    def update(grads: PyTree, state: Any, params: PyTree | None = None) -> Any:
+        moved, state = inner.update(widened(grads), state, widened(params))
+        return jax.tree.map(lambda x, grad: x.astype(grad.dtype), moved, grads), state
+
+    return optax.GradientTransformation(lambda params: inner.init(widened(params)), update)
 
 
 class MomentsState(NamedTuple):
@@ -254,7 +272,7 @@ def _moments(recipe: Recipe) -> optax.GradientTransformation:
         )
 
     def update(grads: PyTree, state: MomentsState, params: PyTree | None = None) -> Any:
-        b1, b2 = recipe.b1, recipe.b2
+        b1, b2 = recipe.momentum, recipe.b2
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + recipe.eps), mu, nu)
@@ -278,19 +296,25 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
 
         return jax.tree_util.tree_map_with_path(of, params)
 
-    moments = {"adam_b1": recipe.b1, "adam_b2": recipe.b2}
-    steps = muon(1.0, muon_weight_dimension_numbers=places, consistent_rms=0.2, **moments)
+    steps = muon(
+        1.0,
+        beta=0.95 if recipe.b1 is None else recipe.b1,
+        adam_b1=recipe.momentum,
+        adam_b2=recipe.b2,
+        muon_weight_dimension_numbers=places,
+        consistent_rms=0.2,
+    )
     return optax.chain(steps, optax.scale(-1.0))
 
 
 _DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
-    "adamw": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
-    "lamb": lambda r: optax.scale_by_adam(b1=r.b1, b2=r.b2, eps=r.eps),
+    "adamw": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.b2, eps=r.eps),
+    "lamb": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.b2, eps=r.eps),
     "adamw_reference": _moments,
     "lamb_reference": _moments,
     "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
-    "lion": lambda r: optax.scale_by_lion(b1=r.b1, b2=r.b2),
-    "sgd": lambda r: optax.trace(r.b1),
+    "lion": lambda r: optax.scale_by_lion(b1=r.momentum, b2=r.b2),
+    "sgd": lambda r: optax.trace(r.momentum),
     "muon": _muon,
 }
 OPTIMIZERS = tuple(_DIRECTIONS)

@@ -13,7 +13,7 @@ from tasks import quiet
 from tiny_albert import GROUPS, TINY, rows
 
 from albert_task import AlbertForMaskedLM, AlbertForSequenceClassification, Recipe
-from albert_task._optimizers import Trained
+from albert_task._optimizers import OPTIMIZERS
 from jaxlightning import DataLoader
 from jaxlightning.parallel import leaf_path
 
@@ -106,7 +106,7 @@ def classifier():
 def test_stages_learn_at_their_rates(classifier):
     """Heads and pooler at 1, the last group at 1/2, the first at 1/4, embeddings at 1/8."""
     recipe = Recipe("sgd", learning_rate=1.0, b1=0.0, weight_decay=0.0, layer_decay=0.5)
-    tx = recipe.build()
+    tx = recipe.build(groups=2)
     params = jax.tree.map(jnp.ones_like, eqx.filter(classifier, eqx.is_inexact_array))
     updates, _ = tx.update(params, tx.init(params), params)
     table = {row.path: row for row in recipe.table(classifier)}
@@ -125,7 +125,7 @@ def test_stages_learn_at_their_rates(classifier):
 
 def test_gradual_unfreezing(classifier):
     recipe = Recipe("sgd", learning_rate=1.0, b1=0.0, weight_decay=0.0, unfreeze_every=2)
-    tx = recipe.build()
+    tx = recipe.build(groups=2)
     params = jax.tree.map(jnp.ones_like, eqx.filter(classifier, eqx.is_inexact_array))
     state = tx.init(params)
     table = {row.path: row.from_step for row in recipe.table(classifier)}
@@ -135,6 +135,60 @@ def test_gradual_unfreezing(classifier):
         for path, update in jax.tree_util.tree_leaves_with_path(updates):
             learns = step >= table[leaf_path(path)]
             np.testing.assert_array_equal(update, -1.0 if learns else 0.0)
+
+
+def test_stages_count_what_is_frozen_too():
+    """The first group keeps its rate when the last one is frozen."""
+    how = dict(optimizer="sgd", learning_rate=1.0, b1=0.0, weight_decay=0.0, layer_decay=0.5)
+    task = AlbertForSequenceClassification.init(
+        GROUPS, jax.random.key(0), frozen=("groups/1",), **how
+    )
+    params = jax.tree.map(jnp.ones_like, eqx.filter(task, task.trainable()))
+    tx = task.configure_optimizers()
+    updates, _ = tx.update(params, tx.init(params), params)
+    table = {row.path: row for row in task.recipe.table(task)}
+    found = {
+        leaf_path(path): -float(x.ravel()[0])
+        for path, x in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    assert {name: row.rate for name, row in table.items() if row.trained} == found
+    assert {rate for name, rate in found.items() if "groups/0" in name} == {0.25}
+
+
+def test_momentum_reaches_every_optimizer():
+    """The second step goes another way with another momentum; Muon's own is 0.95."""
+    params = {"w": jnp.eye(4) + 0.1, "b": jnp.ones(4)}
+    draw = np.random.default_rng(0).normal
+    grads = [{"w": jnp.asarray(draw(size=(4, 4)), jnp.float32), "b": params["b"]} for _ in "ab"]
+
+    def second(name, b1):
+        tx = Recipe(name, learning_rate=0.1, b1=b1).build()
+        state = tx.init(params)
+        for grad in grads:
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = tx.update(grad, state, params)
+        return np.asarray(updates["w"])
+
+    for name in OPTIMIZERS:
+        if name != "adafactor":  # which has none
+            assert np.abs(second(name, None) - second(name, 0.1)).max() > 1e-4, name
+        own = 0.95 if name == "muon" else 0.9
+        np.testing.assert_array_equal(second(name, None), second(name, own))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_reference"])
+def test_moments_are_in_float32(name):
+    """In bfloat16 0.999 is 1, and the second moment would never decay."""
+    tx = Recipe(name, learning_rate=0.1, b1=0.0, b2=0.999, weight_decay=0.0).build()
+    params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    state = tx.init(params)
+    for step in range(201):
+        grad = jax.tree.map(lambda x: x if step == 0 else 0 * x, params)  # noqa: B023
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(grad, state, params)
+    assert updates["w"].dtype == jnp.bfloat16
+    nu = next(x for x in jax.tree.leaves(state[0]) if 0 < float(jnp.max(x)) < 0.01)
+    np.testing.assert_allclose(nu, 0.001 * 0.999**200, rtol=1e-3)
 
 
 def test_what_is_frozen_stays_and_has_no_state():
@@ -166,7 +220,7 @@ def test_the_table():
     for path, row in found.items():
         matrix = len(row.shape) > 1
         assert row.decays == row.adapts == (matrix and row.trained), path
-    text = Trained.listed(list(found.values()))
+    text = recipe.describe(task)
     assert len(text.splitlines()) == len(found) + 1
     (line,) = (line for line in text.splitlines() if "token_types" in line)
     assert line.split()[1:] == ["2×16", "no", "no", "frozen", "0"]
