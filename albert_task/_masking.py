@@ -52,7 +52,8 @@ def mask_tokens(
     max_ngram: int = 1,
 ) -> Masked:
     """Hides n-grams of whole words, as ALBERT does (Lan et al. 2020, section 4.1): each is replaced
-    by `mask_id` with probability 0.8, by random tokens with 0.1, and stays with 0.1.
+    by `mask_id` with probability 0.8, by random tokens with 0.1, and stays with 0.1. (Drawn for the
+    n-gram, as SpanBERT does; google-research/albert draws for each of its tokens.)
 
     The words of a row are parted into n-grams one after the other, of length n with p(n) ∝ 1/n;
     n-grams are then taken in random order until the row has its predictions: `max(1, round(rate *

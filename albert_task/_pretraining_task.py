@@ -78,8 +78,9 @@ def _order_of(batch: dict[str, Any]) -> Int[Array, "batch texts"]:
     if "sentence_order_label" not in batch:
         raise ValueError(
             "`AlbertForPreTraining` needs `sentence_order_label` in each batch: 0 where the "
-            "segments stand in their order, 1 where they are swapped. Take `SentencePairs` for a "
-            "source, or `AlbertForMaskedLM` to train on masked language modelling alone."
+            "segments stand in their order, 1 where they are swapped. Take "
+            "`SegmentRows(…, pairs=True)` for a source, or `AlbertForMaskedLM` to train on masked "
+            "language modelling alone."
         )
     order = jnp.asarray(batch["sentence_order_label"])
     rows = len(batch["tokens"] if "tokens" in batch else batch["input_ids"])

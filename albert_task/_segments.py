@@ -22,6 +22,7 @@ from ._store import TokenStore
 Numbers = Int[np.ndarray, " rows"]
 Batch = dict[str, Shaped[np.ndarray, "..."]]
 
+_LEAST_TEXT = 4  # the special tokens of a text, and one of its own
 _LEAST_ROOM = 16  # what is left of a packed row is filled by another text if it is this long
 
 
@@ -102,7 +103,7 @@ class SegmentRows:
         self.seed = seed
         self.shuffle = shuffle
         self.limit = limit
-        self.max_texts = max(1, seq_len // _LEAST_ROOM)
+        self.max_texts = max(1, seq_len // _LEAST_TEXT)
         # Closing [SEP]s are no part of a sentence.
         last = np.searchsorted(store.sentences, store.offsets[1:]) - 1
         self._first_sentence = np.searchsorted(store.sentences, store.offsets[:-1])
@@ -148,14 +149,25 @@ class SegmentRows:
         }
 
     def counts(self) -> Int[np.ndarray, " vocab"]:
-        """How often each piece stands in the documents, where it can be masked: special tokens
-        count 0."""
+        """How often each piece stands in the documents, or in the rows that `limit` leaves of them,
+        where it can be masked: special tokens count 0."""
         counts = np.zeros(self.store.vocab_size, np.int64)
-        for number in self.documents.tolist():
-            begin, end = self.store.offsets[number : number + 2].tolist()
-            counts += np.bincount(self.store.tokens[begin:end], minlength=len(counts))
+        for part in self._all_tokens():
+            counts += np.bincount(part, minlength=len(counts))
         counts[list(self.store.special)] = 0
         return counts
+
+    def _all_tokens(self) -> Iterator[Int[np.ndarray, " some"]]:
+        if self.limit is not None:
+            for first in range(0, len(self), 4096):
+                rows = self.take(np.arange(first, min(first + 4096, len(self))))
+                yield rows["input_ids"].ravel()
+            return
+        for first in range(0, len(self.documents), 4096):
+            some = self.documents[first : first + 4096]
+            begins = self.store.offsets[some]
+            lengths = self.store.offsets[some + 1] - begins
+            yield self.store.tokens[np.repeat(begins, lengths) + _counting(lengths)]
 
     # Planning an epoch: which tokens go where
 

@@ -16,12 +16,15 @@ _WORDS_TOO = frozenset(["no", "mar", "sat", "sun"])  # abbreviations before a nu
 # Only from a run's first mark: of a million dots each would else be tried. Looking behind after the
 # mark, not before it, keeps the search for marks fast.
 _ENDS = re.compile(r"""[.!?…](?<![.!?…]{2})[.!?…]*["'”’»)\]]*(?=\s)""")
+_PART = re.compile(r"\S.{0,399}(?!\S)|\S{400}")
 _OPENS = re.compile(r"""\s*["'“‘«(\[]*(\S)""")
 _WORD_BEFORE = re.compile(r"(\S+)$")
 
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, in order, without the blanks between them; a new line ends one.
+    What is longer than 400 characters is cut at a blank: text without full stops has no other
+    ends, and would else be one sentence of which little is used.
 
     A full stop ends a sentence where blanks follow it and then no small letter, except after an
     abbreviation, a single letter ("J. R. Smith", "d. 1849") or the number of an enumeration
@@ -35,7 +38,11 @@ def sentences(text: str) -> list[str]:
                 found.append(line[begin : match.end()].strip())
                 begin = match.end()
         found.append(line[begin:].strip())
-    return [sentence for sentence in found if sentence]
+    return [part for sentence in found for part in _parts(sentence)]
+
+
+def _parts(sentence: str) -> list[str]:
+    return [part.strip() for part in _PART.findall(sentence)]
 
 
 def _ends(line: str, begin: int, match: re.Match[str]) -> bool:

@@ -156,6 +156,18 @@ def test_counts(made):
     assert counts.max() == 1
 
 
+def test_counts_of_limited_rows(made):
+    rows = SegmentRows(made, np.arange(300), 32, shuffle=False, limit=2)
+    tokens = everything(rows)["input_ids"]
+    assert rows.counts().sum() == (tokens > 4).sum() > 0
+
+
+def test_short_documents_fill_rows():
+    rows = SegmentRows(store([[2]] * 400), np.arange(400), 128, packed=True, shuffle=False, short=0)
+    padding = 1 - everything(rows)["attention_mask"][:-1]
+    assert padding.sum(1).max() < 16
+
+
 def test_a_loader_of_one_source(made):
     rows = SegmentRows(made, np.arange(300), 32)
     loader = RowLoader(rows, 16)
