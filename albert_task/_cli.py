@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,12 +31,20 @@ class _Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(args, namespace)
         if rest:
             parser = _parsers(self).get(known.command, self)
-            name = rest[0].split("=")[0]
+            name = rest[0]
             if name.startswith("-"):
+                name = name.split("=")[0]
                 near = nearest(name, parser._option_string_actions)
                 parser.error(f"there is no option `{name}`.{near}")
-            parser.error(f"`{rest[0]}` belongs to no option. Quote what has spaces in it.")
+            near = "Name its option" if " " in name else "Quote what has spaces in it"
+            parser.error(f"`{textwrap.shorten(name, 40)}` belongs to no option. {near}.")
         return known
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            listed = ", ".join(f"`{choice}`" for choice in action.choices)
+            near = nearest(value, action.choices)
+            raise argparse.ArgumentError(action, f"`{value}` is none of {listed}.{near}")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists all options.\n")
@@ -58,6 +68,10 @@ class _Command(NamedTuple):
     description: str
     example: str
     run: Callable[[Any], int]
+    goes_on: bool = False
+    """Whether the same command goes on where it was interrupted."""
+    inherited: Callable[[dict[str, Any]], dict[str, Any]] = lambda chosen: {}
+    """Options that are kept with the model, by what has been chosen."""
 
 
 def _finetune_options() -> type[Any]:
@@ -96,6 +110,12 @@ def _run_of_commands(name: str) -> Callable[[Any], int]:
     return run
 
 
+def _of_the_run(chosen: dict[str, Any]) -> dict[str, Any]:
+    from ._finetune_options import EvaluateOptions, encoding_of_run
+
+    return encoding_of_run(chosen.get("model", EvaluateOptions.model))
+
+
 def _evaluate(options: Any) -> int:
     from ._finetune import evaluate
 
@@ -127,9 +147,6 @@ def _pretrain(options: PretrainOptions) -> int:
             if trainer.compile_s:
                 raise
             return _refused("pretrain", error)  # before anything was computed: what was given
-        except SystemExit as stop:  # a signal, after which the Trainer has saved
-            print("The same command goes on from there.", file=sys.stderr)
-            return int(stop.code or 0)
 
 
 def _finetune(options: Any) -> int:
@@ -139,7 +156,7 @@ def _finetune(options: Any) -> int:
     folder = run_folder(options.out)
     with locked(folder):
         setting = prepare_finetuning(options, folder)
-        _save(options, folder)
+        _save(setting.options, folder)
         return finetune(setting)
 
 
@@ -151,15 +168,17 @@ _COMMANDS = {
         "says that it is done.",
         "albert pretrain --text 'corpus/*.txt' --model base --objective mlm+sop --ngram 3",
         _pretrain,
+        goes_on=True,
     ),
     "finetune": _Command(
         _finetune_options,
         "teach a pretrained model a task, from examples",
         "Fine-tunes an ALBERT on examples, keeps the best epoch, and writes the model, its scores "
-        "and its predictions.",
+        "and its predictions. The same command again goes on where it was interrupted.",
         "albert finetune --task classification --model runs/pretrain --train train.tsv "
         "--validation dev.tsv",
         _finetune,
+        goes_on=True,
     ),
     "evaluate": _Command(
         _evaluate_options,
@@ -167,6 +186,7 @@ _COMMANDS = {
         "Scores a fine-tuned model on examples with labels.",
         "albert evaluate --model runs/finetune --data test.tsv",
         _evaluate,
+        inherited=_of_the_run,
     ),
     "predict": _Command(
         _predict_options,
@@ -174,6 +194,7 @@ _COMMANDS = {
         "Prints, or writes, what a fine-tuned model makes of examples: a JSON object a line.",
         "albert predict --model runs/finetune --data new.tsv --out labels.jsonl",
         _predict,
+        inherited=_of_the_run,
     ),
     "fill-mask": _Command(
         _of_commands("FillMaskOptions"),
@@ -188,6 +209,7 @@ _COMMANDS = {
         "Prints the likeliest answers to a question, out of a text.",
         "albert answer --model runs/squad --question 'Who wrote it?' --context article.txt",
         _run_of_commands("answer"),
+        inherited=_of_the_run,
     ),
     "export": _Command(
         _of_commands("ExportOptions"),
@@ -265,15 +287,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kind = command.options()
         stored = {} if file is None else _read(Path(file), kind)
         chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in (stored | given).items()}
-        options = kind(**chosen)
+        options = kind(**(command.inherited(chosen) | chosen))
         if prints:
             print(_yaml(options), end="")
-            return 0
-        return command.run(options)
-    except KeyboardInterrupt:
-        again = "The same command goes on from here." if name == "pretrain" else ""
-        print(f"\nInterrupted. {again}", file=sys.stderr)
-        return 130
+        status = 0 if prints else command.run(options)
+        sys.stdout.flush()
+        return status
+    except (KeyboardInterrupt, SystemExit) as stop:  # a signal, after which the Trainer has saved
+        again = " The same command goes on from there." if command.goes_on else ""
+        print(f"\nInterrupted.{again}", file=sys.stderr)
+        return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+    except BrokenPipeError:  # who reads has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not written
+        return 1
     except (ValueError, OSError, CheckpointError) as error:
         return _refused(name, error)
 
@@ -308,6 +334,8 @@ def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
         key = str(name).replace("-", "_")
         if key not in fields:
             raise ValueError(f"`{path}`: there is no option `{name}`.{nearest(key, fields)}")
+        if value is None:  # left empty: the default
+            continue
         found[key] = _typed(path, key, value, fields[key])
     return found
 
@@ -320,9 +348,6 @@ def _typed(path: Path, name: str, value: Any, field: dataclasses.Field[Any]) -> 
         raise ValueError(f"`{path}`: `{name}` is one value, not a list.")
     read: list[Any] = []
     for one in values:
-        if one is None:
-            read.append(None)
-            continue
         number = wanted is float and isinstance(one, int) and not isinstance(one, bool)
         if not (number or type(one) is wanted):
             if wanted is float and isinstance(one, str):  # YAML takes 1e-3 for a word

@@ -13,12 +13,13 @@ from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask, pseudo_perplexity
 from ._finetune_options import DataOptions
 from ._kinds import KINDS, QuestionAnswering, predicted
-from ._model_names import configuration
+from ._model_names import NamesModel, check_model
 from ._options import PRECISIONS, option
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._rows import check_vocabulary
 from ._squad import Question
+from ._stages import read_json, run_folder
 from ._tasks import AlbertForMaskedLM
 
 if TYPE_CHECKING:
@@ -56,7 +57,12 @@ class FillMaskOptions:
 
 def fill_masks(options: FillMaskOptions) -> int:
     """Prints what the model puts in place of each [MASK]."""
-    task = from_pretrained(options.model, AlbertForMaskedLM)
+    task = from_pretrained(options.model)
+    if not isinstance(task, AlbertForMaskedLM):
+        raise ValueError(
+            f"`{options.model}` is a `{type(task).__name__}`, which fills in no masks. Give a "
+            "pretrained model, such as the folder of `albert pretrain`."
+        )
     tokenizer = _tokenizer(options.model, options.tokenizer)
     for text in options.text:
         if options.score:
@@ -89,9 +95,6 @@ class AnswerOptions(DataOptions):
     model: str = option(
         "runs/finetune", "a model fine-tuned with --task qa", group="data", metavar="FOLDER"
     )
-    may_be_none: bool = option(
-        False, "whether there may be no answer", group="data", action="store_true"
-    )
     top_k: int = option(3, "answers to print", group="data", type=int, metavar="N")
 
     def __post_init__(self) -> None:
@@ -118,10 +121,7 @@ def answer(options: AnswerOptions) -> int:
     assert isinstance(kind, QuestionAnswering)
     assert options.question is not None
     assert options.context is not None
-    context = options.context
-    if len(context) < 256 and Path(context).is_file():
-        context = Path(context).read_text(encoding="utf-8")
-    asked = [Question("0", options.question, context)]
+    asked = [Question("0", options.question, _context(options.context))]
     examples = kind.encode(asked, tokenizer, (), labelled=False)
     found = predicted(_quiet(options), task, examples, min(options.batch_size, len(examples)))
     said = answers(
@@ -137,6 +137,24 @@ def answer(options: AnswerOptions) -> int:
     for one in said.candidates[: options.top_k]:
         print(f"    {one.probability:6.1%}  {one.text or '(no answer)'}")
     return 0
+
+
+def _context(given: str) -> str:
+    """The text that is meant: itself, or what the file of that name holds."""
+    if len(given.split()) > 1 and (len(given) > 255 or not Path(given).is_file()):
+        return given
+    try:
+        text = Path(given).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"The file `{given}` is no text in UTF-8.") from None
+    except OSError:
+        raise ValueError(
+            f"`--context {given}` is a single word, and no file that can be read. Give a text of "
+            "several words, or a file with it."
+        ) from None
+    if not text.strip():
+        raise ValueError(f"The file `{given}` is empty.")
+    return text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +179,8 @@ class ExportOptions:
     )
 
     def __post_init__(self) -> None:
+        if (Path(self.out) / "run.json").is_file():
+            raise ValueError(f"`{self.out}` is a run's folder. Choose another: `--out FOLDER`.")
         if self.max_shard_size < 1:
             raise ValueError(f"`--max-shard-size {self.max_shard_size}` has to be at least 1.")
 
@@ -170,27 +190,29 @@ def export(options: ExportOptions) -> int:
     from ._tokenizer import load_tokenizer
 
     run = Path(options.model)
-    if (run / "checkpoints").is_dir() and not (run / "model").is_dir():
-        task = _of_run(run)
+    task = _of_run(run)
+    if task is not None:
         tokenizer = load_tokenizer(options.tokenizer or run)
     else:
         task = from_pretrained(options.model)
         tokenizer = _tokenizer(options.model, options.tokenizer)
-    size = (task.config if hasattr(task, "config") else task.albert.config).vocab_size
-    if tokenizer.get_vocab_size() != size:
-        check_vocabulary(tokenizer.get_vocab_size(), task.config)
-    save_pretrained(task, options.out, tokenizer, max_shard_size=options.max_shard_size)
+    check_vocabulary(tokenizer.get_vocab_size(), task.config)
+    folder = run_folder(options.out)
+    save_pretrained(task, folder, tokenizer, max_shard_size=options.max_shard_size)
     print(f"{type(task).__name__} in {options.out}")
     return 0
 
 
-def _of_run(folder: Path) -> AlbertForMaskedLM:
-    """The last checkpoint of a run of `albert pretrain` that has not ended."""
+def _of_run(folder: Path) -> AlbertForMaskedLM | None:
+    """The last checkpoint of a run of `albert pretrain` that has not ended, or goes on."""
     from jaxlightning._checkpoint import latest_checkpoint
 
-    from ._stages import read_json
-
+    if not (folder / "checkpoints").is_dir():
+        return None
     entry = latest_checkpoint(folder / "checkpoints")
+    ended = read_json(folder / "result.json")
+    if ended is not None and (entry is None or entry.step <= ended["steps"]):
+        return None
     if entry is None:
         raise FileNotFoundError(f"There is no checkpoint in `{folder / 'checkpoints'}` yet.")
     pairs = (read_json(folder / "run.json") or {}).get("objective") == "mlm+sop"
@@ -199,11 +221,14 @@ def _of_run(folder: Path) -> AlbertForMaskedLM:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions:
+class PlanOptions(NamesModel):
     """The options of `albert plan`."""
 
     model: str = option(
-        "base", f"{', '.join(_PRESETS)}, or a config.json", group="what", metavar="NAME_OR_FILE"
+        "base",
+        f"{', '.join(_PRESETS)}, a config.json, or a model's folder or name",
+        group="what",
+        metavar="NAME_OR_FILE",
     )
     task: str = option(
         "pretraining",
@@ -243,6 +268,7 @@ class PlanOptions:
         for name in ("batch_size", "seq_len", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name.replace('_', '-')}` has to be at least 1.")
+        check_model(self.model)
 
 
 def plan(options: PlanOptions) -> int:
@@ -253,7 +279,7 @@ def plan(options: PlanOptions) -> int:
     from jaxlightning.cli._plan import _mesh
 
     changes: dict[str, Any] = {"remat": options.remat, "scan_layers": options.scan_layers}
-    config = configuration(options.model, **changes)
+    config = options.configured(**changes)
     shape = (options.batch_size, options.seq_len)
     of_rows = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     of_tokens = jax.ShapeDtypeStruct(shape, jnp.int32)

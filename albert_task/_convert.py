@@ -32,12 +32,12 @@ from ._classification import (
 )
 from ._config import AlbertConfig
 from ._model import Albert
-from ._model_names import TOKENIZER_FILES, model_folder
+from ._model_names import TOKENIZER_FILES, config_file, model_folder
 from ._names import from_tensors, lacking, to_tensors, unread
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._tasks import AlbertForMaskedLM
-from ._weight_files import FILES, read_tensors
+from ._weight_files import read_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -84,12 +84,7 @@ def from_pretrained(
     with a list of what is missing, has another shape, or is left over.
     """
     folder = model_folder(name, revision=revision, cache_dir=cache_dir)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no `config.json` in `{folder}`. Give the folder of a model, with "
-            f"`config.json` and one of {', '.join(f'`{file}`' for file in FILES)}."
-        )
+    path = config_file(folder)
     config = AlbertConfig.from_json(path)
     named = kind or _named_kind(path)
     fields = {field.name for field in dataclasses.fields(AlbertConfig)}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Int, Shaped
-
-from jaxlightning.data import DataLoader
 
 Rows = Int[np.ndarray, " rows"]
 
@@ -77,6 +76,15 @@ class Encoded:
         chosen = copy.copy(self)
         chosen._rows = self._rows[rows]
         return chosen
+
+    def fingerprint(self) -> str:
+        """A hash of all that is in them, and of their order."""
+        found = hashlib.sha256(self._rows.tobytes())
+        for name, one in sorted(self.ragged.items()):
+            found.update(name.encode() + one.flat.tobytes() + one.offsets.tobytes())
+        for name, array in sorted(self.fixed.items()):
+            found.update(name.encode() + array.tobytes())
+        return found.hexdigest()[:16]
 
     def batch(self, rows: Rows, length: int) -> dict[str, Shaped[np.ndarray, ...]]:
         """The examples `rows`, padded to `length` tokens."""
@@ -226,10 +234,8 @@ class BucketLoader:
         ]
 
     def fingerprint(self) -> dict[str, Any]:
-        ids = self.examples.ragged["input_ids"]
-        source = DataLoader({"ids": ids.flat}, 1).fingerprint()
         return {
-            "source": source,
+            "source": self.examples.fingerprint(),
             "examples": len(self.examples),
             "batch_size": self.batch_size,
             "buckets": list(self.buckets),

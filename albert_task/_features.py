@@ -14,6 +14,7 @@ from jaxlightning._checks import nearest
 from ._encoded import Encoded, Ragged
 from ._rows import IGNORED
 from ._tables import Table
+from ._tokenizer import of_plain_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +62,8 @@ def _names_in(table: Table, column: str, row: int, kind: str) -> list[str]:
     """The names of a row's label or labels."""
     value = table.rows[row][column]
     if kind in ("tokens", "multilabel"):
-        return [_name(one, table, column, row) for one in _sequence(value, table, column, row)]
+        parts = _sequence(value, table, column, row, "," if kind == "multilabel" else None)
+        return [_name(one, table, column, row) for one in parts]
     return [_name(value, table, column, row)]
 
 
@@ -74,15 +76,19 @@ def _name(value: Any, table: Table, column: str, row: int) -> str:
     return str(value)
 
 
-def _sequence(value: Any, table: Table, column: str, row: int) -> list[Any]:
-    """A list, or a string that is one: as JSON, or parted by blanks or commas."""
+def _sequence(
+    value: Any, table: Table, column: str, row: int, separator: str | None = None
+) -> list[Any]:
+    """A list, or a string that is one: as JSON, or parted by `separator`, by default blanks and
+    commas."""
     if isinstance(value, str):
         if value.startswith("["):
             try:
                 return list(json.loads(value))
             except ValueError:
                 pass
-        return [part for part in value.replace(",", " ").split() if part]
+        parts = value.split(separator) if separator else value.replace(",", " ").split()
+        return [part.strip() for part in parts if part.strip()]
     if isinstance(value, Sequence):
         return list(value)
     raise ValueError(f"The `{column}` in {table.where(row)} is {value!r}, but has to be a list.")
@@ -136,9 +142,7 @@ def encode_pairs(tokenizer: Tokenizer, texts: TextPairs, max_length: int) -> dic
 
 def _cutting(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
     """A copy that cuts."""
-    from tokenizers import Tokenizer as Of
-
-    copy = Of.from_str(tokenizer.to_str())
+    copy = of_plain_text(tokenizer)
     copy.enable_truncation(max_length, strategy="longest_first")
     return copy
 

@@ -4,12 +4,14 @@ FOLDER/model/               the best model, with its tokenizer; transformers loa
 FOLDER/result.json          scores of each seed, their mean and spread
 FOLDER/predictions.jsonl    what the best model makes of the validation examples
 FOLDER/config.yaml          all options as they were in effect
-FOLDER/seed_N/              checkpoints and logs
+FOLDER/run.json             what may not change in between
+FOLDER/seed_N/              logs, and checkpoints until `result.json` is there
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -17,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxlightning import Callback, Trainer, load_weights
+from jaxlightning import Callback, Precision, Trainer, load_weights
+from jaxlightning._say import say
 from jaxlightning.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
@@ -35,11 +39,11 @@ from ._config import _PRESETS, AlbertConfig
 from ._convert import from_pretrained, save_pretrained
 from ._encoded import BucketLoader, Encoded
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
-from ._kinds import Kind, kind_of, predicted, write_rows
+from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted, write_rows
 from ._model_names import model_folder
 from ._rows import check_vocabulary
-from ._stages import write_json
-from ._tokenizer import load_tokenizer
+from ._stages import as_json, begin_run, check_same_run, read_json, write_json
+from ._tokenizer import load_tokenizer, special_ids, tokenizer_hash
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,6 +71,7 @@ class Setting:
     config: AlbertConfig
     train: Examples
     validation: Examples | None
+    identity: dict[str, Any]
 
 
 def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
@@ -77,21 +82,54 @@ def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
     config = _config(options)
     tokenizer = model_tokenizer(options, options.model, random=options.random)
     if options.model in _PRESETS:
-        config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
+        pad = special_ids(tokenizer).pad
+        config = dataclasses.replace(
+            config, vocab_size=tokenizer.get_vocab_size(), pad_token_id=pad
+        )
     check_vocabulary(tokenizer.get_vocab_size(), config)
     kind = options.kind(options.task, config.max_position_embeddings)
     assert options.train is not None
     train = kind.read(options.train)
     validation = None if options.validation is None else kind.read(options.validation)
-    labels = _labels(config, kind, [s for s in (train, validation) if s is not None], options)
+    sources = [train, validation] if kind.labels_anywhere and validation is not None else [train]
+    labels = _labels(config, kind, sources, options)
     config = dataclasses.replace(config, labels=labels, problem_type=kind.problem_type)
     encoded = kind.encode(train, tokenizer, labels)
+    if isinstance(kind, QuestionAnswering):
+        options = dataclasses.replace(options, may_be_none=kind.may_be_none)
     if options.limit is not None:
         encoded = encoded.select(np.arange(min(options.limit, len(encoded))))
     held_out = None
     if validation is not None:
         held_out = Examples(validation, kind.encode(validation, tokenizer, labels))
-    return Setting(options, folder, kind, tokenizer, config, Examples(train, encoded), held_out)
+    examples = Examples(train, encoded)
+    identity = _identity(options, config, tokenizer, examples, held_out)
+    check_same_run(folder, identity)
+    return Setting(options, folder, kind, tokenizer, config, examples, held_out, identity)
+
+
+_FREE = ("train", "validation", "tokenizer", "out", "devices", "seeds")
+"""Options that may change when a run goes on. What the files hold counts, not where they lie."""
+
+
+def _identity(
+    options: FinetuneOptions,
+    config: AlbertConfig,
+    tokenizer: Tokenizer,
+    train: Examples,
+    validation: Examples | None,
+) -> dict[str, Any]:
+    kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
+    return as_json(
+        {
+            "command": "finetune",
+            **kept,
+            "lr": peak(options, config),
+            "tokenizer": tokenizer_hash(tokenizer),
+            "train": train.encoded.fingerprint(),
+            "validation": validation and validation.encoded.fingerprint(),
+        }
+    )
 
 
 def _config(options: FinetuneOptions) -> AlbertConfig:
@@ -137,24 +175,18 @@ _TOKENIZERS = ("tokenizer.json", "spiece.model")
 
 
 def finetune(setting: Setting) -> int:
-    """Trains with each seed, keeps the best, and reports.
+    """Trains with each seed, keeps the best, and reports; or goes on where it was interrupted.
 
     **Returns:** the exit status.
     """
     options, folder = setting.options, setting.folder
+    begin_run(folder, setting.identity)
     results: list[dict[str, Any]] = []
-    best: tuple[float, AlbertTask] | None = None
     for seed in range(options.seed, options.seed + options.seeds):
-        task, result = _one_seed(setting, seed)
-        results.append(result)
-        value = _value(setting, result)
-        if best is None or value > best[0]:
-            best = (value, task)
-    assert best is not None
-    task = best[1]
+        results.append(_one_seed(setting, seed, results))
     model = folder / "model"
-    save_pretrained(task, model, setting.tokenizer)
     if setting.validation is not None:
+        task = from_pretrained(model)
         found = predicted(_quiet(options), task, setting.validation.encoded, options.batch_size)
         rows = setting.kind.rows(found, *_of(setting.validation), setting.config.labels)
         write_rows(folder / "predictions.jsonl", rows)
@@ -177,11 +209,14 @@ def _value(setting: Setting, result: dict[str, Any]) -> float:
     return scores.get("f1" if setting.options.task == "qa" else name, next(iter(scores.values())))
 
 
-def _one_seed(setting: Setting, seed: int) -> tuple[AlbertTask, dict[str, Any]]:
+def _one_seed(setting: Setting, seed: int, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What came of a seed. Its model is kept if it is better than those of `others`."""
     options = setting.options
     folder = setting.folder / f"seed_{seed}"
-    # All that these hold can be made again; a run is not resumed, because it is short.
-    shutil.rmtree(folder, ignore_errors=True)
+    done = read_json(folder / "result.json")
+    if done is not None:
+        say(f"Seed {seed} is done: {done['steps']:,} steps.")
+        return done
     encoded = setting.train.encoded
     loader = BucketLoader(encoded, options.batch_size, shuffle=True, seed=seed)
     validation = None
@@ -192,23 +227,32 @@ def _one_seed(setting: Setting, seed: int) -> tuple[AlbertTask, dict[str, Any]]:
         "epoch={epoch}",
         auto_insert_metric_name=False,
         monitor=None if validation is None else setting.kind.monitor,
-        mode=setting.kind.best,
+        mode="max",
         save_top_k=1,
-        save_weights_only=True,
+        save_last=True,
+        save_on_exception=True,
     )
-    trainer = _trainer(setting, folder, seed, saved)
+    trainer = _trainer(setting, folder, seed, saved, log_every=min(10, len(loader)))
     initial = initial_task(setting, seed, _steps(options, len(loader)))
-    task: Any = trainer.fit(initial, loader, validation)
-    loss = float(trainer.callback_metrics["train/loss"])
+    task: Any = trainer.fit(initial, loader, validation, resume="auto")
+    loss = trainer.callback_metrics.get("train/loss", math.nan)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"Seed {seed} has learnt nothing: its loss is not finite. Lower `--lr`, or write "
+            "`--precision 32-true`."
+        )
     scores: dict[str, float] = {}
     if setting.validation is not None:
         if saved.best_model_path:
             task = load_weights(saved.best_model_path, task)
         found = predicted(_quiet(options), task, setting.validation.encoded, options.batch_size)
         scores = setting.kind.scores(found, *_of(setting.validation), setting.config.labels)
+    result = {"seed": seed, "steps": trainer.global_step, "train_loss": loss, "scores": scores}
+    if all(_value(setting, result) > _value(setting, other) for other in others):
+        save_pretrained(task, setting.folder / "model", setting.tokenizer)
+    write_json(folder / "result.json", result)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    steps = trainer.global_step
-    return task, {"seed": seed, "steps": steps, "train_loss": loss, "scores": scores}
+    return result
 
 
 def _steps(options: FinetuneOptions, batches: int) -> int:
@@ -218,10 +262,9 @@ def _steps(options: FinetuneOptions, batches: int) -> int:
 def initial_task(setting: Setting, seed: int, steps: int) -> AlbertTask:
     """The task before its first step."""
     options, config = setting.options, setting.config
-    peak = options.lr or (_PEAK if config.hidden_size >= _WIDE else _NARROW_PEAK)
     recipe: dict[str, Any] = {
         "optimizer": options.optimizer,
-        "learning_rate": peak,
+        "learning_rate": peak(options, config),
         "weight_decay": options.weight_decay,
         "warmup_steps": min(int(options.warmup * steps), steps - 1),
         "total_steps": steps,
@@ -237,21 +280,27 @@ def initial_task(setting: Setting, seed: int, steps: int) -> AlbertTask:
     return from_pretrained(options.folder, setting.kind.task, key=key, **fields, **recipe)
 
 
-def _trainer(setting: Setting, folder: Path, seed: int, saved: ModelCheckpoint) -> Trainer:
+def peak(options: FinetuneOptions, config: AlbertConfig) -> float:
+    """The highest learning rate."""
+    return options.lr or (_PEAK if config.hidden_size >= _WIDE else _NARROW_PEAK)
+
+
+def _trainer(
+    setting: Setting, folder: Path, seed: int, saved: ModelCheckpoint, log_every: int
+) -> Trainer:
     options = setting.options
     logs: dict[str, Any] = {"save_dir": folder, "name": "", "version": "logs"}
     stopping: list[Callback] = []
     if options.patience is not None:
-        monitor, mode = setting.kind.monitor, setting.kind.best
-        stopping = [EarlyStopping(monitor, mode=mode, patience=options.patience)]
+        stopping = [EarlyStopping(setting.kind.monitor, mode="max", patience=options.patience)]
     return Trainer(
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip or None,
-        precision=options.precision,
+        precision=_precision(options),
         devices=_devices(options),
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=log_every,
         seed=seed,
         callbacks=[
             LearningRateMonitor(),
@@ -267,6 +316,11 @@ def _trainer(setting: Setting, folder: Path, seed: int, saved: ModelCheckpoint) 
     )
 
 
+def _precision(options: DataOptions) -> Precision:
+    """What examples have in fractions are numbers to predict, which 16 bits would round."""
+    return Precision.named(options.precision)._replace(inputs=jnp.float32)
+
+
 def _devices(options: DataOptions) -> str | int:
     return options.devices if options.devices == "auto" else int(options.devices)
 
@@ -274,7 +328,7 @@ def _devices(options: DataOptions) -> str | int:
 def _quiet(options: DataOptions) -> Trainer:
     """A trainer that predicts, and logs nothing."""
     return Trainer(
-        precision=options.precision,
+        precision=_precision(options),
         devices=_devices(options),
         callbacks=[TQDMProgressBar()],
         logger=False,
@@ -337,6 +391,8 @@ def predict(options: PredictOptions) -> int:
     """Writes, or prints, what the model makes of examples."""
     import json
 
+    if options.out is not None:
+        check_writable(Path(options.out))
     task, kind, tokenizer = _opened(options)
     assert options.data is not None
     source = kind.read(options.data, labelled=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
+from typing import Any
 
 from jaxlightning._checks import nearest
 
@@ -24,12 +27,20 @@ class DataOptions:
     """How examples are read and encoded, and on what they are computed."""
 
     text_column: str | None = option(
-        None, "the column of texts (default: by the usual names)", group="data", metavar="NAME"
+        None,
+        "the column of texts, or of questions (default: by the usual names)",
+        group="data",
+        metavar="NAME",
     )
     pair_column: str | None = option(
-        None, "the column of second texts, or of choices", group="data", metavar="NAME"
+        None,
+        "the column of second texts, of choices, or of contexts",
+        group="data",
+        metavar="NAME",
     )
-    label_column: str | None = option(None, "the column of labels", group="data", metavar="NAME")
+    label_column: str | None = option(
+        None, "the column of labels, or of answers", group="data", metavar="NAME"
+    )
     max_length: int | None = option(
         None,
         "tokens of an example at most (default: 128, and 384 for questions)",
@@ -60,6 +71,12 @@ class DataOptions:
         type=float,
         metavar="X",
     )
+    may_be_none: bool = option(
+        False,
+        "of questions: there may be no answer (default: if some question learnt from has none)",
+        group="data",
+        action="store_true",
+    )
     tokenizer: str | None = option(
         None,
         "a spiece.model or tokenizer.json (default: the model's own)",
@@ -88,11 +105,12 @@ class DataOptions:
     def kind(self, name: str, longest: int) -> Kind:
         """The kind of that name with these options, for a model of so many positions."""
         columns = Columns(self.text_column, self.pair_column, self.label_column)
-        length = self.max_length or min(384 if name == "qa" else 128, longest)
-        if length > longest:
+        room = longest // 8 * 8  # examples are padded to multiples of 8
+        length = self.max_length or min(384 if name == "qa" else 128, room)
+        if length > room:
             raise ValueError(
                 f"`--max-length {length}` is longer than the positions of the model: it has "
-                f"`max_position_embeddings={longest}`."
+                f"`max_position_embeddings={longest}`. Write {room} at most."
             )
         if KINDS[name] is QuestionAnswering:
             return QuestionAnswering(
@@ -104,9 +122,32 @@ class DataOptions:
                 n_best=self.n_best,
                 max_answer_length=self.max_answer_length,
                 threshold=self.threshold,
+                may_be_none=self.may_be_none,
             )
         return KINDS[name](name, columns, length)
 
+
+def encoding_of_run(model: str) -> dict[str, Any]:
+    """How the run of `albert finetune` that a model is of cut its examples, so that the model is
+    scored as it was there. Nothing where it is of none."""
+    import yaml
+
+    path = Path(model) / "config.yaml"
+    if not path.is_file():
+        return {}
+    kept = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: kept[name] for name in _ENCODING if name in kept}
+
+
+_ENCODING = (
+    "max_length",
+    "doc_stride",
+    "max_query_length",
+    "n_best",
+    "max_answer_length",
+    "threshold",
+    "may_be_none",
+)
 
 _LEAST = {
     "max_length": 8,
@@ -125,6 +166,7 @@ _LEAST = {
     "unfreeze_every": 0,
     "patience": 1,
     "limit": 1,
+    "top_k": 1,
 }
 
 
@@ -264,6 +306,13 @@ class FinetuneOptions(DataOptions, NamesModel):
             raise ValueError(f"`--layer-decay {self.layer_decay}` has to be above 0.")
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"`--lr {self.lr}` has to be above 0.")
+        for pattern in self.freeze:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"`--freeze '{pattern}'` is no regular expression: {error}."
+                ) from None
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ValueError(f"`--dropout {self.dropout}` has to be at least 0 and below 1.")
         if self.patience is not None and self.validation is None:

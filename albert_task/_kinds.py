@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,9 @@ class Kind:
     task: type[AlbertTask] = AlbertForSequenceClassification
     problem_type: str | None = None
     monitor = "val/accuracy"
-    best = "max"
+    """By which the best epoch is found; more is better."""
+    labels_anywhere = False
+    """Whether labels may be new in the validation examples, as rare tags are."""
 
     def __init__(self, name: str, columns: Columns, max_length: int):
         self.name = name
@@ -123,6 +126,7 @@ class Regression(Kind):
 class MultiLabel(Kind):
     problem_type = "multi_label_classification"
     monitor = "val/f1"
+    labels_anywhere = True
 
     def scores(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
@@ -145,6 +149,7 @@ class MultiLabel(Kind):
 
 class Tokens(Kind):
     task = AlbertForTokenClassification
+    labels_anywhere = True
 
     def encode(
         self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
@@ -214,6 +219,7 @@ class QuestionAnswering(Kind):
 
     - `doc_stride`, `max_query_length`: of `windows`.
     - `n_best`, `max_answer_length`, `threshold`: of `answers`.
+    - `may_be_none`: of `answers`; also true once some question that was read has no answer.
     """
 
     task = AlbertForQuestionAnswering
@@ -229,6 +235,7 @@ class QuestionAnswering(Kind):
         n_best: int = 20,
         max_answer_length: int = 30,
         threshold: float = 0.0,
+        may_be_none: bool = False,
     ):
         super().__init__(name, columns, max_length)
         self.doc_stride = doc_stride
@@ -236,10 +243,14 @@ class QuestionAnswering(Kind):
         self.n_best = n_best
         self.max_answer_length = max_answer_length
         self.threshold = threshold
+        self.may_be_none = may_be_none
         self._windows: dict[int, Windows] = {}
 
     def read(self, path: str, *, labelled: bool = True) -> Any:
-        return read_questions(path, labelled=labelled)
+        found = read_questions(path, self.columns, labelled=labelled)
+        if labelled:
+            self.may_be_none |= any(not one.answers for one in found)
+        return found
 
     def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
         return ()
@@ -274,7 +285,7 @@ class QuestionAnswering(Kind):
             found["end_logits"],
             n_best=self.n_best,
             max_answer_length=self.max_answer_length,
-            may_be_none=any(not one.answers for one in source),
+            may_be_none=self.may_be_none,
             threshold=self.threshold,
         )
 
@@ -282,10 +293,13 @@ class QuestionAnswering(Kind):
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
     ) -> dict[str, float]:
         said = self.answers(found, source, examples)
-        texts = {name: answer.text for name, answer in said.items()}
-        none = {name: answer.no_answer for name, answer in said.items()}
-        unsure = none if any(not one.answers for one in source) else None
-        scores = squad_scores(answered(source), texts, unsure)
+        scores = squad_scores(answered(source), {name: one.text for name, one in said.items()})
+        if any(not one.answers for one in source):
+            # The best threshold may lie above ours: it is found among answers not taken back.
+            some = {k: next((c.text for c in a.candidates if c.text), "") for k, a in said.items()}
+            none = {name: answer.no_answer for name, answer in said.items()}
+            whole = squad_scores(answered(source), some, none)
+            scores |= {name: value for name, value in whole.items() if name.startswith("best_")}
         return {k: v if k.endswith("threshold") else v / 100 for k, v in scores.items()}
 
     def rows(
@@ -316,14 +330,13 @@ KINDS: Mapping[str, type[Kind]] = {
 def kind_of(task: AlbertTask) -> str:
     """The kind that a task is of."""
     for name, kind in KINDS.items():
-        same = kind.problem_type == getattr(task.config, "problem_type", None) or (
-            kind.problem_type is None and task.config.problem_type == "single_label_classification"
-        )
-        if type(task) is kind.task and (same or kind.task is not AlbertForSequenceClassification):
+        problem = kind.problem_type or "single_label_classification"
+        if type(task) is kind.task and getattr(task, "problem_type", problem) == problem:
             return name
+    names = dict.fromkeys(f"`{kind.task.__name__}`" for kind in KINDS.values())
     raise ValueError(
-        f"A `{type(task).__name__}` is no fine-tuned task: it is none of "
-        f"{', '.join(f'`{kind.task.__name__}`' for kind in KINDS.values())}."
+        f"The model is a `{type(task).__name__}`, and not fine-tuned: it is none of "
+        f"{', '.join(names)}. Fine-tune it first: `albert finetune --help`."
     )
 
 
@@ -357,6 +370,14 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def _named(values: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
     return {label: round(float(x), 6) for label, x in zip(labels, values, strict=True)}
+
+
+def check_writable(path: Path) -> None:
+    """**Raises:** `OSError` where no file can be written at `path`."""
+    if path.is_dir():
+        raise OSError(f"`{path}` is a folder. Name a file: `--out FILE`.")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OSError(f"`{path.parent}` is no folder that can be written into: `--out FILE`.")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

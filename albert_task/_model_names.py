@@ -10,6 +10,7 @@ from typing import Any
 from jaxlightning._checks import nearest
 
 from ._config import _PRESETS, AlbertConfig
+from ._weight_files import FILES
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
@@ -37,15 +38,10 @@ class NamesModel:
         **Raises:** `FileNotFoundError` where there is no model; `ValueError` for a configuration
         that cannot be.
         """
-        name = self.model if self.random else str(self.folder / "config.json")
-        return configuration(name, **changes)
-
-
-def configuration(name: str, **changes: Any) -> AlbertConfig:
-    """That of a preset or of a `config.json`, with some fields changed."""
-    if name in _PRESETS:
-        return AlbertConfig.preset(name, **changes)
-    return dataclasses.replace(AlbertConfig.from_json(name), **changes)
+        if self.model in _PRESETS:
+            return AlbertConfig.preset(self.model, **changes)
+        path = Path(self.model) if self.random else config_file(self.folder)
+        return dataclasses.replace(AlbertConfig.from_json(path), **changes)
 
 
 def check_model(model: str) -> None:
@@ -62,6 +58,25 @@ def check_model(model: str) -> None:
             f"`--model {model}` is no preset, file or folder. The presets are {listed}; any other "
             f"model is a `config.json`, the folder of a model, or a name on the hub.{near}"
         )
+
+
+def config_file(folder: Path) -> Path:
+    """The `config.json` of a model's folder.
+
+    **Raises:** `FileNotFoundError` where there is none.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        return path
+    if (folder / "run.json").is_file():
+        raise FileNotFoundError(
+            f"The run in `{folder}` has not ended. Go on with it; or, to write the model as it is "
+            f"now: `albert export --model {folder} --out FOLDER`."
+        )
+    raise FileNotFoundError(
+        f"There is no `config.json` in `{folder}`. Give the folder of a run, or of a model: with "
+        f"`config.json` and one of {', '.join(f'`{file}`' for file in FILES)}."
+    )
 
 
 def model_folder(
@@ -90,8 +105,9 @@ def model_folder(
                 str(name), revision=revision, cache_dir=cache_dir, allow_patterns=others
             )
     except Exception as error:
+        what = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"`{name}` is no folder here, and the hub did not give a model of that name: "
-            f"{type(error).__name__}: {error}"
+            f"There is no folder `{name}`, and the hub did not give a model of that name "
+            f"({type(error).__name__}: {what})."
         ) from error
     return Path(found)

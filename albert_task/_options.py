@@ -205,9 +205,9 @@ class PretrainOptions(NamesModel):
     weight_decay: float = option(
         0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
     )
-    b1: float = option(
-        0.9,
-        "decay of the optimizer's first moment, or momentum",
+    b1: float | None = option(
+        None,
+        "decay of the optimizer's first moment, or momentum (default: 0.9; 0.95 of Muon's)",
         group="model and training",
         type=float,
         metavar="X",
@@ -343,6 +343,12 @@ class PretrainOptions(NamesModel):
         return next((peak for limit, peak in _PEAKS.items() if width < limit), _WIDE_PEAK)
 
     @property
+    def timed(self) -> bool:
+        """Whether the learning rate depends on how long the run is to be."""
+        lasting = self.schedule in ("constant", "inverse_sqrt")
+        return not lasting or 0 < self.warmup < 1
+
+    @property
     def own_vocab_size(self) -> int | None:
         """The vocabulary that the model insists on: only a preset takes any."""
         return None if self.model in _PRESETS else self.config().vocab_size
@@ -357,8 +363,8 @@ class PretrainOptions(NamesModel):
         """A share of the run as a float, or else steps as an int."""
         return self.warmup if self.warmup < 1 else int(self.warmup)
 
-    def config(self, vocab_size: int | None = None) -> AlbertConfig:
-        """The model's configuration, for a tokenizer of `vocab_size` pieces.
+    def config(self, vocab_size: int | None = None, pad_token_id: int = 0) -> AlbertConfig:
+        """The model's configuration, for a tokenizer of `vocab_size` pieces with this padding.
 
         A preset takes the tokenizer's vocabulary; any other model has its own, which has to be
         the same.
@@ -372,7 +378,7 @@ class PretrainOptions(NamesModel):
                 ("hidden_dropout_prob", "attention_probs_dropout_prob"), self.dropout
             )
         if self.model in _PRESETS and vocab_size is not None:
-            changes["vocab_size"] = vocab_size
+            changes |= {"vocab_size": vocab_size, "pad_token_id": pad_token_id}
         config = self.configured(**changes)
         if self.seq_len > config.max_position_embeddings:
             raise ValueError(

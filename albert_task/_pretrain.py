@@ -62,9 +62,10 @@ def pretrain(prepared: Prepared, trainer: Trainer) -> int:
         result = _trained(prepared, trainer)
         write_json(folder / "result.json", result)
     else:
+        on = f"`--model {folder} --out FOLDER`" if options.timed else "raise `--steps`"
         print(
-            f"This run is done: {result['steps']:,} steps{_because(result)}. To go on, raise "
-            f"`--steps`; to begin anew, choose another `--out` or delete `{folder}`."
+            f"This run is done: {result['steps']:,} steps{_because(result)}. To go on from it, "
+            f"{on}; to begin anew, choose another `--out` or delete `{folder}`."
         )
     print(report(result))
     return 0
@@ -206,7 +207,7 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     make = lambda key: new_task(key, prepared, frequencies)
     # Weights that are read are no constants to compile: only random ones are made inside jit.
     initial = make if options.random else make(jax.random.key(options.seed))
-    begin_run(prepared)
+    begin_run(prepared.folder, prepared.identity)
     task: Any = trainer.fit(initial, datamodule=data, resume="auto")
     saved = trainer.checkpoint_callback
     scores, path = _scores(task, prepared), saved.last_model_path

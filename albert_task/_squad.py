@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Float
 
 from ._encoded import Encoded, Ragged
+from ._features import USUAL, Columns
 from ._squad_metrics import Answered
 from ._tables import SUFFIXES, Table, read_table
-from ._tokenizer import special_ids
+from ._tokenizer import of_plain_text, special_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,7 +57,9 @@ class Windows(NamedTuple):
     examples: Encoded
 
 
-def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]:
+def read_questions(
+    path: str | Path, columns: Columns = USUAL, *, labelled: bool = True
+) -> list[Question]:
     """Of a SQuAD file (`.json`), or of a table with the columns `question`, `context` and, where
     `labelled`, `answers` as `datasets` has them: `{"text": [...], "answer_start": [...]}`.
 
@@ -64,11 +67,20 @@ def read_questions(path: str | Path, *, labelled: bool = True) -> list[Question]
     that is not where it is said to be, with the question's id.
     """
     found = _squad_file(Path(path))
+    if found is not None and columns != USUAL:
+        raise ValueError(
+            f"`{path}` is laid out as SQuAD's files are, and has no columns to choose. Leave out "
+            "`--text-column`, `--pair-column` and `--label-column`."
+        )
     if found is None:
-        found = _of_table(read_table(path), labelled)
+        found = _of_table(read_table(path), columns, labelled)
     if not found:
         raise ValueError(f"`{path}` holds no question.")
+    seen: set[str] = set()
     for one in found:
+        if one.id in seen:
+            raise ValueError(f"`{path}` has several questions with the id `{one.id}`.")
+        seen.add(one.id)
         _check(one, str(path), labelled)
     return found
 
@@ -107,13 +119,14 @@ def _squad_file(path: Path) -> list[Question] | None:
     return found
 
 
-def _of_table(table: Table, labelled: bool) -> list[Question]:
-    question = table.column(None, ("question",), "questions", "rename it:")
-    context = table.column(None, ("context", "passage", "text"), "contexts", "rename it:")
+def _of_table(table: Table, columns: Columns, labelled: bool) -> list[Question]:
+    question = table.column(columns.text, ("question",), "questions", "--text-column")
+    known = ("context", "passage", "text")
+    context = table.column(columns.pair, known, "contexts", "--pair-column")
     questions, contexts = table.strings(question), table.strings(context)
     answers: list[tuple[tuple[str, int], ...]] = [()] * len(table)
     if labelled:
-        name = table.column(None, ("answers", "answer"), "answers", "rename it:")
+        name = table.column(columns.label, ("answers", "answer"), "answers", "--label-column")
         answers = [_answers(table, name, row) for row in range(len(table))]
     ids = [str(row.get("id", number)) for number, row in enumerate(table.rows)]
     return [Question(*parts) for parts in zip(ids, questions, contexts, answers, strict=True)]
@@ -180,12 +193,12 @@ def windows(
     """
     if doc_stride < 1:
         raise ValueError(f"`doc_stride={doc_stride}` has to be at least 1.")
+    special, tokenizer = special_ids(tokenizer), of_plain_text(tokenizer)
     texts = list(dict.fromkeys(one.context for one in questions))
     contexts = dict(
         zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True)
     )
     asked = tokenizer.encode_batch([one.question for one in questions], add_special_tokens=False)
-    special = special_ids(tokenizer)
     cls, sep = special.cls, special.sep
     found: list[Window] = []
     ids: list[list[int]] = []

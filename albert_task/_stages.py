@@ -21,15 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jaxlightning._checkpoint_files import RunLock, RunLocked
 
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData
 from ._options import PretrainOptions, flag
+from ._segments import SegmentRows
 from ._store import TokenStore, encode_documents, open_tokens
 from ._text import AllText, TextFiles, TextSource, open_dataset
-from ._tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
+from ._tokenizer import load_tokenizer, special_ids, tokenizer_hash, train_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,8 +46,8 @@ _Size = Callable[[], tuple[int, int]]
 
 # Options that may change from one start of a run to the next.
 _FREE = (
-    "out", "steps", "epochs", "max_time", "patience", "eval_interval", "keep", "devices",
-    "strategy", "deterministic", "detect_anomaly", "profile",
+    "out", "max_time", "patience", "eval_interval", "keep", "devices", "strategy", "deterministic",
+    "detect_anomaly", "profile",
 )  # fmt: skip
 
 
@@ -77,7 +80,7 @@ def prepare(options: PretrainOptions) -> Prepared:
     size = functools.cache(lambda: _read(source))
     if tokenizer is None:
         tokenizer = _trained_tokenizer(options, source, text, size, folder)
-    config = options.config(tokenizer.get_vocab_size())
+    config = options.config(tokenizer.get_vocab_size(), special_ids(tokenizer).pad)
     alone = len(sources) == 1
     stores = [
         _tokens(
@@ -98,7 +101,23 @@ def prepare(options: PretrainOptions) -> Prepared:
         seed=options.seed,
     )
     data.train_dataloader()  # so few rows that no batch is full: said now
+    if options.objective == "mlm+sop":
+        _check_pairs(data, options)
     return Prepared(options, folder, tokenizer, config, data, identity)
+
+
+def _check_pairs(data: PretrainingData, options: PretrainOptions) -> None:
+    """**Raises:** `ValueError` where no row has two segments whose order could be told."""
+    for rows in data.train_rows:
+        some = np.linspace(0, len(rows) - 1, min(len(rows), 1000), dtype=np.int64)
+        assert isinstance(rows, SegmentRows)
+        if (rows.take(some)["sentence_order_label"] >= 0).any():
+            return
+    raise ValueError(
+        "No row has a pair of segments, whose order `--objective mlm+sop` asks for: documents have "
+        f"one sentence, or rows of `--seq-len {options.seq_len}` no room for two. Write "
+        "`--objective mlm`, longer rows, or give other text."
+    )
 
 
 def run_folder(path: str | Path) -> Path:
@@ -149,18 +168,11 @@ def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) 
         "text_column",
         "split",
         "tokenizer",
+        *([] if options.timed else ["steps", "epochs"]),
     )
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in kept}
-    listed = {k: list(v) for k, v in chosen.items() if isinstance(v, tuple)}  # as JSON has them
-    return (
-        chosen
-        | listed
-        | {
-            "text": text,
-            "tokenizer": tokenizer and tokenizer_hash(tokenizer),
-            "lr": options.peak,
-        }
-    )
+    found = {"text": text, "tokenizer": tokenizer and tokenizer_hash(tokenizer), "lr": options.peak}
+    return as_json(chosen | found)
 
 
 def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
@@ -168,27 +180,41 @@ def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
     before = read_json(folder / "run.json")
     if before is None:
         return
+    was, now = (one.get("command", "pretrain") for one in (before, identity))
+    if was != now:
+        raise ValueError(
+            f"`{folder}` holds a run of `albert {was}`. Choose another folder for `albert {now}`: "
+            "`--out FOLDER`."
+        )
     differences = [
         f"{_named(name)} was {before.get(name)!r} and is {value!r}"
         for name, value in identity.items()
-        if before.get(name) != value
+        if before.get(name, value) != value
     ]
     if differences:
         raise ValueError(
             f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
             "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
+            + (f" Its weights can be begun with: `--model {folder}`." if was == "pretrain" else "")
         )
 
 
 def _named(name: str) -> str:
     if name in ("text", "tokenizer"):
         return f"the {name}'s fingerprint"
+    if name in ("train", "validation"):
+        return f"the fingerprint of `{flag(name)}`"
     return f"`{flag(name)}`"
 
 
-def begin_run(prepared: Prepared) -> None:
+def begin_run(folder: Path, identity: dict[str, Any]) -> None:
     """Writes down what the run is made of."""
-    write_json(prepared.folder / "run.json", prepared.identity)
+    write_json(folder / "run.json", identity)
+
+
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` as `read_json` gives it back: tuples as lists."""
+    return json.loads(json.dumps(content))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from jaxtyping import Int, Shaped, UInt32
 
 from ._corpus import Document
 from ._sentences import sentences
-from ._tokenizer import SpecialIds, special_ids, tokenizer_hash
+from ._tokenizer import SpecialIds, of_plain_text, special_ids, tokenizer_hash
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,6 +100,7 @@ def encode_documents(
         "tokenizer": tokenizer_hash(tokenizer),
         "text": text,
     }
+    plain = of_plain_text(tokenizer)
     unfinished = folder.with_name(f".{folder.name}-part")
     with _alone(unfinished):
         part = _Part(unfinished, made_of)
@@ -107,9 +108,7 @@ def encode_documents(
         done = sum(len(document.text) for document in islice(source, part.read))
         for block in _blocks(source):
             texts = [sentences(document.text) for document in block]
-            encoded = iter(
-                tokenizer.encode_batch_fast(list(chain(*texts)), add_special_tokens=False)
-            )
+            encoded = iter(plain.encode_batch_fast(list(chain(*texts)), add_special_tokens=False))
             tokens: list[int] = []
             lengths: list[int] = []
             inner: list[int] = []

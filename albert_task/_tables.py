@@ -61,6 +61,7 @@ class Table:
                 f"`{self.source}` has no column that is known to hold {what}: none of "
                 f"{', '.join(f'`{name}`' for name in known)}. Found: {listed}. Name one: "
                 f"`{option} NAME`."
+                + (" (SQuAD's files are for `--task qa`.)" if "data" in self.columns else "")
             )
         return found
 
@@ -102,7 +103,9 @@ def read_table(path: str | Path) -> Table:
     **Raises:** `FileNotFoundError`; `ValueError` for a broken file, with the line.
     """
     given, path = str(path), Path(path)
-    if path.is_dir() or not path.is_file():
+    if not path.exists() and path.suffix in SUFFIXES:
+        raise FileNotFoundError(f"There is no file `{path}`.")
+    if not path.is_file():
         return _dataset(given)
     if path.stat().st_size == 0:
         raise ValueError(f"The file `{path}` is empty.")
@@ -133,6 +136,9 @@ def _separated(path: Path) -> Table:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise ValueError(f"`{path}` has several columns `{twice[0]}`. Rename them.")
                 continue
             if len(cells) != len(header):
                 raise ValueError(
@@ -183,6 +189,12 @@ def _parquet(path: Path) -> Table:
         raise ValueError(f"`{path}` cannot be read as parquet: {error}") from None
 
 
+def _of(number: Any, names: Any) -> str | None:
+    """The class of that number, if it has one."""
+    known = isinstance(number, int) and 0 <= number < len(names)
+    return names[number] if known else None
+
+
 def _dataset(name: str) -> Table:
     """Of a folder or the hub; classes become their names."""
     import datasets
@@ -203,8 +215,8 @@ def _dataset(name: str) -> Table:
     rows = found.to_list()
     for column, feature in found.features.items():
         names = getattr(feature, "names", None)
-        if names:
-            for row in rows:
-                known = isinstance(row[column], int) and 0 <= row[column] < len(names)
-                row[column] = names[row[column]] if known else None
+        inner = getattr(getattr(feature, "feature", None), "names", None)
+        for row in rows if names or inner else ():
+            value = row[column]
+            row[column] = [_of(one, inner) for one in value] if inner else _of(value, names)
     return Table(rows, name)

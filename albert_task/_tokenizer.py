@@ -202,6 +202,29 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(*ids.values())
 
 
+def of_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for text as people wrote it, in which `[MASK]` and `<pad>` are words like others: with
+    the same ids, but names for special tokens that no text has."""
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.to_str())
+    special = [token for token in content["added_tokens"] if token["special"]]
+    names = {token["content"]: _NO_CHARACTER + token["content"] for token in special}
+    for token in special:
+        token["content"] = names[token["content"]]
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): n for piece, n in model["vocab"].items()}
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    else:
+        model["vocab"] = [(names.get(piece, piece), score) for piece, score in model["vocab"]]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+_NO_CHARACTER = "\ufdd0"
+"""Unicode sets it aside: it stands in no text (its FAQ on private use and noncharacters)."""
+
+
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """A hash of all that decides how a tokenizer encodes."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]

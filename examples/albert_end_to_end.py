@@ -6,7 +6,7 @@
 `dev-v1.1.json`. Pretraining begins with short rows, from which a model learns soonest how words
 follow each other, and goes on with longer ones. Both tasks are learnt three times from the
 pretrained weights and three times from random ones, by the same commands otherwise, and scored on
-the same held-out examples. All that is done is kept under `--out`: the same command goes on.
+the same held-out examples. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -47,8 +47,6 @@ def pretrained(text: str, out: Path, stages: Sequence[tuple[int, int, int]]) -> 
 
 def some_questions(source: Path, target: Path, count: int) -> Path:
     """A SQuAD file of the first questions of each article, so many in all."""
-    if target.is_file():
-        return target
     articles = json.loads(source.read_text(encoding="utf-8"))["data"]
     each = -(-count // len(articles))
     kept, total = [], 0
@@ -71,8 +69,7 @@ def fine_tuned(name: str, out: Path, models: dict[str, str], arguments: list[str
     lines = []
     for start, model in models.items():
         folder = out / f"{name}_{start}"
-        if not (folder / "result.json").is_file():
-            run("finetune", "--model", model, "--out", str(folder), *arguments)
+        run("finetune", "--model", model, "--out", str(folder), *arguments)
         result = json.loads((folder / "result.json").read_text())
         for metric in ("accuracy", "exact_match", "f1"):
             if metric in result["summary"] and not (name == "sst2" and metric == "f1"):

@@ -105,7 +105,8 @@ def test_an_encoding_that_was_interrupted_goes_on(tokenizer, store, tmp_path, mo
     with (tmp_path / ".t-part" / "tokens.bin").open("ab") as file:
         file.write(b"half a block")
     counted = Counted(tokenizer)
-    again = encode_documents(documents(40), counted, tmp_path / "t", text="abc")
+    monkeypatch.setattr("albert_task._store.of_plain_text", lambda _: counted)
+    again = encode_documents(documents(40), tokenizer, tmp_path / "t", text="abc")
     assert 15 * 3 <= counted.encoded < 30 * 3
     np.testing.assert_array_equal(again.tokens, store.tokens)
     np.testing.assert_array_equal(again.offsets, store.offsets)

@@ -84,6 +84,7 @@ def test_all_files_give_the_same_rows(tmp_path, name):
             "a\tb\n1\t2\n3\n",
             "Line 3 of .* has 1 columns, but its header names 2: `a`, `b`",
         ),
+        ("a.tsv", "a\tb\ta\n1\t2\t3\n", "has several columns `a`"),
         ("a.csv", 'a,b\n1,"2\n', "is broken on line 2: unexpected end of data"),
         ("a.jsonl", '{"a": 1}\n{"a": \n', "is broken on line 2"),
         ("a.jsonl", '{"a": 1}\n{"b": 2}\n', "Line 2 of .* other keys than the first: .* `a`, `b`"),
@@ -104,13 +105,24 @@ def test_no_file_and_no_dataset(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(FileNotFoundError, match=r"no file or folder of a dataset.*no network here"):
-        read_table(tmp_path / "absent.tsv")
+        read_table(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*absent\.tsv"):
+        read_table(tmp_path / "absent.tsv")  # the hub is not asked
 
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"sentence\tlabel\ncaf\xe9\t1\n")
     with pytest.raises(ValueError, match="is not UTF-8: byte 0xe9 at offset 18"):
         read_table(tmp_path / "a.tsv")
+
+
+def test_classes_of_a_dataset_become_their_names(tmp_path):
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B"]))
+    features = datasets.Features({"tags": tags, "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"tags": [[0, 1], [1]], "label": [1, -1]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "set")
+    found = read_table(tmp_path / "set").rows
+    assert found == [{"tags": ["O", "B"], "label": "yes"}, {"tags": ["B"], "label": None}]
 
 
 # Columns
@@ -170,6 +182,8 @@ def test_labels_are_found_and_sorted():
     assert label_names([numbers], Columns(), "classification") == ("-1", "2", "10")
     many = table(text=["x", "y"], labels=["b,a", ""])
     assert label_names([many], Columns(), "multilabel") == ("a", "b")
+    blanks = table(text=["x"], labels=["science fiction, drama"])
+    assert label_names([blanks], Columns(), "multilabel") == ("drama", "science fiction")
     tags = table(tokens=[["a", "b"]], ner_tags=[[0, 3]])
     assert label_names([tags], Columns(), "tokens") == ("0", "3")
 
@@ -185,6 +199,14 @@ def test_classes_of_texts_and_pairs(tokenizer):
     assert batch["labels"].tolist() == [1, 0]
     second = batch["input_ids"][1]
     assert (second == tokenizer.token_to_id("[SEP]")).sum() == 2  # the longer one was cut
+
+
+def test_texts_hold_no_special_tokens(tokenizer):
+    """`[MASK]` in a text that people wrote is a word like others."""
+    found = classification(table(text=["a [MASK] <pad> fox"]), tokenizer, (), labelled=False)
+    assert 4 not in found.ragged["input_ids"].flat
+    assert 0 not in found.ragged["input_ids"].flat
+    assert tokenizer.encode("a [MASK]").ids.count(4) == 1
 
 
 def test_numbers_and_several_labels(tokenizer):

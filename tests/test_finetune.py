@@ -1,6 +1,10 @@
 """`albert finetune` and what one does with its models, on tiny data, in this process."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +16,8 @@ from albert_task import (
     AlbertConfig,
     AlbertForMaskedLM,
     AlbertForPreTraining,
+    AlbertForSequenceClassification,
+    _finetune,
     from_pretrained,
     load_tokenizer,
     pseudo_perplexity,
@@ -19,6 +25,9 @@ from albert_task import (
     train_tokenizer,
 )
 from albert_task._cli import main
+from albert_task._finetune_options import DataOptions
+from albert_task._kinds import kind_of
+from jaxlightning.callbacks import TQDMProgressBar
 
 GOOD, BAD = ("good fine great nice", "bad poor awful sad")
 WORDS = f"{GOOD} {BAD} the a film was it and play who where Anna Berlin wrote lives in"
@@ -111,6 +120,102 @@ def test_labels_that_the_model_does_not_know(tuned, tmp_path, capsys):
     assert "`great`, which is no label of the model: `bad`, `good`" in said
 
 
+# Going on
+
+
+class Strikes(TQDMProgressBar):
+    """Ctrl-C after so many steps."""
+
+    after = 7
+
+    def on_train_batch_end(self, trainer, outputs, batch, batch_idx):
+        if trainer.global_step == self.after:
+            signal.raise_signal(signal.SIGINT)
+
+
+def short(pretrained, data, out, *more):
+    return [
+        "finetune", "--model", str(pretrained), "--train", str(data / "train.tsv"), "--validation",
+        str(data / "dev.tsv"), "--limit", "40", "--epochs", "2", "--out", str(out), *LEARN, *more,
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(short(pretrained, data, whole)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_finetune, "TQDMProgressBar", Strikes)
+        assert main(short(pretrained, data, cut)) == 130
+    assert "The same command goes on from there." in capsys.readouterr().err
+    assert not (cut / "model").exists()
+    assert main(short(pretrained, data, cut)) == 0
+    for file in ("model/model.safetensors", "predictions.jsonl", "seed_0/result.json"):
+        assert (whole / file).read_bytes() == (cut / file).read_bytes()
+    assert [path.name for path in (cut / "seed_0").iterdir() if "check" in path.name] == []
+
+
+def test_a_seed_that_is_done_is_not_trained_again(pretrained, data, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    assert main(short(pretrained, data, out)) == 0
+    first = json.loads((out / "result.json").read_text())
+    monkeypatch.setattr(_finetune, "_trainer", None)
+    assert main(short(pretrained, data, out)) == 0
+    assert "Seed 0 is done: 10 steps." in capsys.readouterr().err
+    assert json.loads((out / "result.json").read_text()) == first
+    monkeypatch.undo()
+    assert main(short(pretrained, data, out, "--seeds", "2")) == 0
+    assert json.loads((out / "result.json").read_text())["seeds"][0] == first["seeds"][0]
+
+
+def test_a_folder_keeps_its_run(pretrained, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(short(pretrained, data, out)) == 0
+    for more, message in (
+        (["--epochs", "3"], "begun with other options: `--epochs` was 2 and is 3. Go on"),
+        (["--train", str(data / "dev.tsv")], "the fingerprint of `--train` was"),
+    ):
+        assert main(short(pretrained, data, out, *more)) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "run.json").write_text('{"objective": "mlm"}')
+    assert main(short(pretrained, data, tmp_path)) == 2
+    assert "holds a run of `albert pretrain`. Choose another folder" in capsys.readouterr().err
+    assert main(["export", "--model", str(out), "--out", str(out)]) == 2
+    assert "is a run's folder. Choose another: `--out FOLDER`" in capsys.readouterr().err
+
+
+def test_what_has_learnt_nothing_is_an_error(pretrained, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_finetune, "peak", lambda *_: float("nan"))
+    assert main(short(pretrained, data, tmp_path / "run", "--limit", "8", "--epochs", "1")) == 2
+    assert "Seed 0 has learnt nothing: its loss is not finite" in capsys.readouterr().err
+
+
+def test_less_than_a_log_interval_is_enough(pretrained, data, tmp_path):
+    out = tmp_path / "run"
+    assert main(short(pretrained, data, out, "--limit", "8", "--epochs", "1")) == 0
+    assert json.loads((out / "result.json").read_text())["seeds"][0]["train_loss"] > 0
+
+
+def test_labels_of_validation_that_no_example_to_learn_from_has(pretrained, data, tmp_path, capsys):
+    lines = (data / "dev.tsv").read_text().splitlines()
+    (tmp_path / "dev.tsv").write_text("\n".join([*lines, "the film was fine\tgoood"]))
+    arguments = short(pretrained, data, tmp_path / "run", "--validation", str(tmp_path / "dev.tsv"))
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "line 42 of" in said
+    assert "`goood`, which is no label of the model: `bad`, `good`. Did you mean `good`?" in said
+
+
+def test_a_model_is_scored_as_in_its_run(tuned, data, tmp_path, capsys):
+    options = yaml.safe_load((tuned / "config.yaml").read_text())
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | {"max_length": 24}))
+    for command in ("evaluate", "predict"):
+        given = ["--model", str(tmp_path), "--data", "a.tsv", "--print-config"]
+        assert main([command, *given]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["max_length"] == 24
+        assert main([command, *given, "--max-length", "32"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["max_length"] == 32
+
+
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("squad")
@@ -143,6 +248,22 @@ def test_answers(pretrained, questions, tmp_path, capsys):
     assert len(lines) == 3
     assert main(["answer", "--model", str(pretrained), *asked]) == 2
     assert "is a `AlbertForPreTraining`, which answers no questions" in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "article.txt").write_text("the film was nice and Anna wrote it")
+    for context, message in (
+        ("articl.txt", "`--context articl.txt` is a single word, and no file that can be read"),
+        (str(tmp_path), "is a single word, and no file"),
+        (str(tmp_path / "empty.txt"), "empty.txt` is empty"),
+        (str(tmp_path / "binary.txt"), "binary.txt` is no text in UTF-8"),
+    ):
+        assert main(["answer", "--model", str(out), *asked, "--context", context]) == 2
+        assert message in capsys.readouterr().err
+    asked[-1] = str(tmp_path / "article.txt")
+    assert main(["answer", "--model", str(out), "--devices", "1", *asked]) == 0
+    assert capsys.readouterr().out.startswith("Anna\n")
+    assert main(["answer", "--model", str(out), *asked, "--top-k", "0"]) == 2
+    assert "`--top-k 0` has to be at least 1" in capsys.readouterr().err
 
 
 def kinds(folder):
@@ -207,6 +328,7 @@ def test_options_from_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("train:\n", "There is nothing to learn from"),  # left empty: the default
         ("learningrate: 1\n", "there is no option `learningrate`."),
         ("epoch: 1\n", "there is no option `epoch`. Did you mean `epochs`?"),
         ("epochs: many\n", "`epochs: 'many'` has to be of type `int`, and is `str`"),
@@ -233,6 +355,10 @@ def test_files_of_options_that_cannot_be(tmp_path, capsys, content, message):
         (["--train", "a.tsv", "--model", "tiny"], "has random weights and no tokenizer of its own"),
         (["--train", "a.tsv", "--optimizer", "adam"], "Did you mean `adamw`"),
         (["--train", "a.tsv", "--tsk", "qa"], "there is no option `--tsk`. Did you mean `--task`"),
+        (["--train", "a.tsv", "--task", "qq"], "`qq` is none of `classification`, `regression`"),
+        (["--task", "clasification"], "Did you mean `classification`?"),
+        (["--train", "a.tsv", "--freeze", "("], "`--freeze '('` is no regular expression"),
+        (["--train", "a.tsv", "a good film"], "`a good film` belongs to no option. Name its"),
     ],
 )
 def test_options_that_cannot_be(tmp_path, capsys, monkeypatch, arguments, message):
@@ -270,6 +396,63 @@ def test_masks_and_scores(pretrained, capsys):
     assert capsys.readouterr().out.strip().endswith("a film")
 
 
+def test_models_that_cannot_do_what_is_asked(pretrained, tuned, data, tmp_path, capsys):
+    out = str(tmp_path / "none" / "labels.jsonl")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "run.json").write_text("{}")
+    on = ["--data", str(data / "dev.tsv")]
+    for arguments, message in (
+        (["fill-mask", "--model", tuned, "--text", "a [MASK]"], "which fills in no masks. Give"),
+        (["fill-mask", "--model", begun, "--text", "a [MASK]"], "has not ended. Go on with it"),
+        (["evaluate", "--model", pretrained, *on], "Fine-tune it first: `albert finetune"),
+        (["evaluate", "--model", tmp_path, *on], "Give the folder of a run, or of a model"),
+        (["predict", "--model", tuned, *on, "--out", out], "is no folder that can be written into"),
+        (["predict", "--model", tuned, *on, "--out", tmp_path], "is a folder. Name a file"),
+        (["export", "--model", pretrained, "--out", data / "dev.tsv"], "Nothing can be written"),
+        (["plan", "--model", "basic"], "Did you mean `base`?"),
+        (["plan", "--mesh", "data"], "has to be sizes of axes"),
+    ):
+        assert main([str(one) for one in arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_had_enough_is_no_error():
+    program = "import sys; from albert_task._cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "fill-mask", "--text", "a", "--print-config"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=240)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_kinds_of_models():
+    """Of one label transformers makes a regression."""
+    for name, how in (
+        ("regression", {"labels": ("score",)}),
+        ("classification", {"labels": ("a", "b")}),
+        ("multilabel", {"labels": ("a", "b"), "problem_type": "multi_label_classification"}),
+    ):
+        config = AlbertConfig.preset("tiny", **how)
+        assert kind_of(AlbertForSequenceClassification.init(config, jax.random.key(0))) == name
+
+
+def test_lengths_stay_within_the_positions():
+    """Examples are padded to multiples of 8."""
+    assert DataOptions().kind("classification", 60).max_length == 56
+    assert DataOptions().kind("qa", 512).max_length == 384
+    with pytest.raises(ValueError, match=r"`max_position_embeddings=60`\. Write 56 at most"):
+        DataOptions(max_length=60).kind("qa", 60)
+
+
+def test_numbers_to_predict_are_not_rounded():
+    batch = {"labels": np.float32([1001, 70000])}
+    for name in ("bf16-mixed", "16-mixed"):
+        precision = _finetune._precision(DataOptions(precision=name))
+        np.testing.assert_array_equal(precision.of_batch(batch)["labels"], batch["labels"])
+
+
 def test_pseudo_perplexity_is_that_of_a_plain_loop(pretrained):
     task = from_pretrained(pretrained, AlbertForMaskedLM)
     tokenizer = load_tokenizer(pretrained)
@@ -299,9 +482,10 @@ def test_exporting(pretrained, tmp_path, capsys):
         np.testing.assert_array_equal(one, other)
 
 
-def test_planning(tmp_path, capsys):
+def test_planning(pretrained, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY.to_dict()))
-    shape = ["--batch-size", "8", "--seq-len", "16", "--mesh", "data=2"]
-    assert main(["plan", "--model", str(path), "--task", "qa", "--device", "h100", *shape]) == 0
-    assert "temporaries" in capsys.readouterr().out
+    how = ["--batch-size", "8", "--seq-len", "16", "--mesh", "data=2", "--device", "h100"]
+    for model in (path, pretrained):
+        assert main(["plan", "--model", str(model), "--task", "qa", *how]) == 0
+        assert "temporaries" in capsys.readouterr().out

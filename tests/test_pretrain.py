@@ -189,7 +189,9 @@ def test_the_same_command_again_says_that_it_is_done(whole, text, capsys, monkey
     monkeypatch.setattr(_pretrain, "_trained", None)
     assert main(arguments(text, whole.out)) == 0
     said = capsys.readouterr().out
-    assert "This run is done: 30 steps. To go on, raise `--steps`" in said
+    assert (
+        f"This run is done: 30 steps. To go on from it, `--model {whole.out} --out FOLDER`" in said
+    )
     assert whole.stdout[whole.stdout.index("validation loss") :] in said
 
 

@@ -215,7 +215,7 @@ def test_stages_are_made_once_and_used_again(tmp_path, text, monkeypatch):
     monkeypatch.setattr(_stages, "train_tokenizer", never)
     monkeypatch.setattr(_stages, "encode_documents", never)
     monkeypatch.setattr(_stages, "_read", never)
-    again = prepare(options(tmp_path, text, steps=5, eval_interval=2))
+    again = prepare(options(tmp_path, text, eval_interval=2))
     assert again.data.store.tokens.tolist() == first.data.store.tokens.tolist()
     assert again.identity == first.identity
 
@@ -230,8 +230,10 @@ def test_other_text_before_training_makes_the_stages_anew(tmp_path, text):
 
 def test_a_run_that_has_begun_is_not_gone_on_with_otherwise(tmp_path, text, capsys):
     begun = prepare(options(tmp_path, text))
-    _stages.begin_run(begun)
-    prepare(options(tmp_path, text, steps=9, patience=3, max_time="00:00:01:00"))
+    _stages.begin_run(begun.folder, begun.identity)
+    prepare(options(tmp_path, text, patience=3, max_time="00:00:01:00"))
+    with pytest.raises(ValueError, match=r"`--steps` was \d+ and is 9\. .* `--model .*run`"):
+        prepare(options(tmp_path, text, steps=9))
     with pytest.raises(ValueError, match=r"other options: `--seq-len` was 16 and is 8\. Go on"):
         prepare(options(tmp_path, text, seq_len=8))
     (text / "c.txt").write_text("More of it.")
@@ -300,4 +302,4 @@ def test_an_interrupt_between_stages_says_how_to_go_on(capsys, tmp_path, text, m
     monkeypatch.setattr(_stages, "encode_documents", interrupted)
     given = ["--text", str(text), "--out", str(tmp_path / "run"), "--vocab-size", "60"]
     assert main(["pretrain", *given]) == 130
-    assert "The same command goes on from here" in capsys.readouterr().err
+    assert "The same command goes on from there" in capsys.readouterr().err

@@ -77,6 +77,15 @@ def test_what_does_not_go_together(texts, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_pairs_that_no_text_has(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the fox number {n}" for n in range(400)))
+    given = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    small = ["--model", "tiny", "--vocab-size", "60", "--seq-len", "16", "--objective", "mlm+sop"]
+    assert main(["pretrain", *given, *small]) == 2
+    assert "No row has a pair of segments" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 # From weights
 
 
@@ -137,7 +146,7 @@ def test_weights_that_are_not_there_or_do_not_fit(texts, tmp_path, capsys):
         assert main(given) == 2
         return capsys.readouterr().err
 
-    assert "is no folder here, and the hub did not give" in refused("--model", "ab/se/nt")
+    assert "and the hub did not give a model of that name" in refused("--model", "ab/se/nt")
     model = tmp_path / "first" / "model"
     assert "longer than the positions" in refused("--model", str(model), "--seq-len", "65")
     said = refused("--model", str(model), "--seq-len", "8", "--vocab-size", "81")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from albert_task import Question, answers, read_questions, squad_scores, train_tokenizer, windows
+from albert_task._features import USUAL, Columns
+from albert_task._kinds import QuestionAnswering
 from albert_task._squad import answered
 
 CONTEXT = (
@@ -196,9 +198,74 @@ def test_files_of_both_versions_and_tables(tmp_path):
             json.dumps(squad([{"id": "a", "question": " ", "answers": []}])),
             "question of question `a`",
         ),
+        (
+            json.dumps(squad([{"id": "a", "question": "x", "answers": []}] * 2)),
+            "several questions with the id `a`",
+        ),
     ],
 )
 def test_files_that_cannot_be(tmp_path, content, message):
     (tmp_path / "squad.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_questions(tmp_path / "squad.json")
+
+
+def test_columns_of_tables_by_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"asked": "which river?", "where": CONTEXT}))
+    columns = Columns("asked", "where")
+    assert read_questions(path, columns, labelled=False)[0].question == "which river?"
+    with pytest.raises(ValueError, match=r"questions: .* Name one: `--text-column NAME`"):
+        read_questions(path, labelled=False)
+    (tmp_path / "squad.json").write_text(json.dumps(squad([])))
+    with pytest.raises(ValueError, match=r"has no columns to choose\. Leave out `--text-column`"):
+        read_questions(tmp_path / "squad.json", columns)
+
+
+# The kind of fine-tuning
+
+
+def kind_and_logits(tokenizer, sure):
+    """Ten questions, of which every second has no answer; the logits of the right answers, and of
+    none as much higher as `sure` says of each."""
+    asked = [
+        question("Rhine", name=str(number))
+        if number % 2
+        else Question(str(number), "which river?", CONTEXT)
+        for number in range(10)
+    ]
+    kind = QuestionAnswering("qa", USUAL, 384)
+    examples = kind.encode(asked, tokenizer, (), labelled=True)
+    place = int(max(examples.fixed["start_positions"]))
+    starts = []
+    for number, length in enumerate(examples.lengths):
+        line = np.full(length, -9.0)
+        line[place], line[0] = 0.0, sure[number] / 2
+        starts.append(line)
+    ends = [line.copy() for line in starts]
+    last = int(max(examples.fixed["end_positions"]))
+    for line in ends:
+        line[place], line[last] = line[last], line[place]
+    return kind, asked, examples, {"start_logits": starts, "end_logits": ends}
+
+
+def test_the_best_threshold_may_lie_above_the_one_in_use(tokenizer):
+    kind, asked, examples, found = kind_and_logits(tokenizer, [5.0, 2.0] * 5)
+    kind.may_be_none = True
+    scores = kind.scores(found, asked, examples, ())
+    assert scores["exact_match"] == 0.5  # all are taken back
+    assert (scores["best_exact_match"], scores["best_exact_match_threshold"]) == (1.0, 2.0)
+    kind.threshold = 2.0
+    assert kind.scores(found, asked, examples, ())["exact_match"] == 1.0
+
+
+def test_what_has_no_labels_says_nothing_of_answers(tokenizer, tmp_path):
+    """Whether there may be none follows from what was learnt from, not from what is predicted."""
+    kind, _, examples, found = kind_and_logits(tokenizer, [5.0] * 10)
+    (tmp_path / "new.jsonl").write_text(json.dumps({"question": "which?", "context": CONTEXT}))
+    kind.read(str(tmp_path / "new.jsonl"), labelled=False)
+    assert all(row["answer"] for row in kind.rows(found, [], examples, ()))
+    qas = [{"id": "a", "question": "which?", "answers": []}]
+    (tmp_path / "squad.json").write_text(json.dumps(squad(qas)))
+    kind.read(str(tmp_path / "squad.json"))
+    assert not any(row["answer"] for row in kind.rows(found, [], examples, ()))

@@ -28,7 +28,7 @@ _INTEGER = re.compile(r"-?\d+")
 _SPELLED = ("NaN", "Infinity", "-Infinity")
 
 
-class RunError(Exception):
+class RunError(ValueError):
     """The folder of a run cannot be read, or there is nothing to do with it."""
 
 
