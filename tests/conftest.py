@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import jax
 import jaxtyping
@@ -11,6 +12,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_num_cpu_devices", 4)
+# Many tests train the same small models: what one of them has compiled serves those after it. Of
+# this process only, because jax writes its files in place, and another could read half of one.
+_CACHE = tempfile.TemporaryDirectory(prefix="jaxlightning-compiled-")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
