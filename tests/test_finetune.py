@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from albert_task import (
     train_tokenizer,
 )
 from albert_task._cli import main
+from albert_task._commands import PlanOptions
 from albert_task._finetune_options import DataOptions
 from albert_task._kinds import kind_of
 from jaxlightning.callbacks import TQDMProgressBar
@@ -120,9 +122,6 @@ def test_labels_that_the_model_does_not_know(tuned, tmp_path, capsys):
     assert "`great`, which is no label of the model: `bad`, `good`" in said
 
 
-# Going on
-
-
 class Strikes(TQDMProgressBar):
     """Ctrl-C after so many steps."""
 
@@ -140,9 +139,15 @@ def short(pretrained, data, out, *more):
     ]  # fmt: skip
 
 
-def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, tmp_path, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert main(short(pretrained, data, whole)) == 0
+@pytest.fixture(scope="module")
+def whole(pretrained, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(short(pretrained, data, out)) == 0
+    return out
+
+
+def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, whole, tmp_path, capsys):
+    cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_finetune, "TQDMProgressBar", Strikes)
         assert main(short(pretrained, data, cut)) == 130
@@ -154,9 +159,11 @@ def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, tmp_path
     assert [path.name for path in (cut / "seed_0").iterdir() if "check" in path.name] == []
 
 
-def test_a_seed_that_is_done_is_not_trained_again(pretrained, data, tmp_path, capsys, monkeypatch):
+def test_a_seed_that_is_done_is_not_trained_again(
+    pretrained, data, whole, tmp_path, capsys, monkeypatch
+):
     out = tmp_path / "run"
-    assert main(short(pretrained, data, out)) == 0
+    shutil.copytree(whole, out)
     first = json.loads((out / "result.json").read_text())
     monkeypatch.setattr(_finetune, "_trainer", None)
     assert main(short(pretrained, data, out)) == 0
@@ -167,25 +174,25 @@ def test_a_seed_that_is_done_is_not_trained_again(pretrained, data, tmp_path, ca
     assert json.loads((out / "result.json").read_text())["seeds"][0] == first["seeds"][0]
 
 
-def test_a_folder_keeps_its_run(pretrained, data, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(short(pretrained, data, out)) == 0
+def test_a_folder_keeps_its_run(pretrained, data, whole, tmp_path, capsys):
     for more, message in (
         (["--epochs", "3"], "begun with other options: `--epochs` was 2 and is 3. Go on"),
         (["--train", str(data / "dev.tsv")], "the fingerprint of `--train` was"),
     ):
-        assert main(short(pretrained, data, out, *more)) == 2
+        assert main(short(pretrained, data, whole, *more)) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"objective": "mlm"}')
     assert main(short(pretrained, data, tmp_path)) == 2
     assert "holds a run of `albert pretrain`. Choose another folder" in capsys.readouterr().err
-    assert main(["export", "--model", str(out), "--out", str(out)]) == 2
+    assert main(["export", "--model", str(whole), "--out", str(whole)]) == 2
     assert "is a run's folder. Choose another: `--out FOLDER`" in capsys.readouterr().err
 
 
-def test_what_has_learnt_nothing_is_an_error(pretrained, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_finetune, "peak", lambda *_: float("nan"))
-    assert main(short(pretrained, data, tmp_path / "run", "--limit", "8", "--epochs", "1")) == 2
+def test_what_has_learnt_nothing_is_an_error(pretrained, data, tmp_path, capsys):
+    broken = jax.tree.map(lambda x: x * float("nan"), from_pretrained(pretrained))
+    save_pretrained(broken, tmp_path / "nan", pretrained)
+    more = ["--model", str(tmp_path / "nan"), "--limit", "8", "--epochs", "1"]
+    assert main(short(pretrained, data, tmp_path / "run", *more)) == 2
     assert "Seed 0 has learnt nothing: its loss is not finite" in capsys.readouterr().err
 
 
@@ -486,6 +493,6 @@ def test_planning(pretrained, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY.to_dict()))
     how = ["--batch-size", "8", "--seq-len", "16", "--mesh", "data=2", "--device", "h100"]
-    for model in (path, pretrained):
-        assert main(["plan", "--model", str(model), "--task", "qa", *how]) == 0
-        assert "temporaries" in capsys.readouterr().out
+    assert main(["plan", "--model", str(path), "--task", "qa", *how]) == 0
+    assert "temporaries" in capsys.readouterr().out
+    assert PlanOptions(model=str(pretrained)).configured().hidden_size == 32
