@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 
 from jaxtyping import PyTree
@@ -27,6 +29,15 @@ def traced(task: TaskModule, method: str, batch: PyTree) -> Iterator[None]:
                         f"{name} uses `self.{error.name}`, but a task is pure and has none. "
                         f"{advice}"
                     ) from error
+        if isinstance(error, dataclasses.FrozenInstanceError):
+            field = "".join(re.findall(r"'(\w+)'", str(error)))
+            raise dataclasses.FrozenInstanceError(
+                f"{name} sets `{field}`, but a task is not changed in place. A number to log is "
+                f'returned: `return loss, {{"{field}": ...}}`. What the next step is to find '
+                f"changed is a field `{field}: jax.Array = jaxlightning.buffer()`, of which "
+                "`training_step` hands a new one back: `return loss, metrics, "
+                f"eqx.tree_at(lambda task: task.{field}, self, {field})`."
+            ) from error
         absent = isinstance(error, KeyError) and isinstance(batch, dict) and error.args
         if not absent or error.args[0] in batch:
             error.add_note(f"Raised while {name} was traced, before any compute.")

@@ -231,6 +231,36 @@ def test_what_a_lightning_module_has_and_a_task_has_not():
     assert "returned a `NoneType` as `lr_scheduler`." in says(refused(TypeError, Schedules()))
 
 
+@pytest.mark.parametrize("method", ["training_step", "validation_step"])
+def test_a_task_changed_in_place(method):
+    def sets(self, batch, *, key):
+        self.noise = 0.2
+
+    task = type("Noisy", (Classifier,), {method: sets})()
+    assert says(refused(AttributeError, task, None, DataLoader(BATCH, 4))) == (
+        f"`Noisy.{method}` sets `noise`, but a task is not changed in place. A number to log is "
+        'returned: `return loss, {"noise": ...}`. What the next step is to find changed is a field '
+        "`noise: jax.Array = jaxlightning.buffer()`, of which `training_step` hands a new one "
+        "back: `return loss, metrics, eqx.tree_at(lambda task: task.noise, self, noise)`."
+    )
+
+
+def test_what_is_advised_for_it_changes_the_task():
+    class Noisy(Classifier):
+        noise: jax.Array = buffer()
+
+        def __init__(self):
+            super().__init__()
+            self.noise = jnp.float32(0.0)
+
+        def training_step(self, batch, *, key):
+            loss, metrics = super().training_step(batch, key=key)
+            noise = self.noise + 0.25
+            return loss, metrics, eqx.tree_at(lambda task: task.noise, self, noise)
+
+    assert quiet(max_steps=3).fit(Noisy(), DataLoader(BATCH, 4)).noise == 0.75
+
+
 def test_a_step_written_for_another_framework():
     class Torchlike(Classifier):
         def training_step(self, batch, batch_idx):
