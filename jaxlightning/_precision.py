@@ -56,8 +56,14 @@ class Precision(NamedTuple):
         if isinstance(name, Precision):
             return name
         if not isinstance(name, str) or name not in _NAMED:
-            near = difflib.get_close_matches(str(name), _NAMED, n=1, cutoff=0.3)
+            means = [full for full in (f"{name}-mixed", f"{name}-true") if full in _NAMED]
+            near = means or difflib.get_close_matches(str(name), _NAMED, n=1, cutoff=0.3)
             hint = f" Did you mean `{near[0]!r}`?" if near else ""
+            if str(name) in ("64", "64-true"):
+                hint = (
+                    " Double precision is `Precision(*[jnp.float64] * 3)`, after "
+                    '`jax.config.update("jax_enable_x64", True)`.'
+                )
             raise ValueError(
                 f"`precision={name!r}` is unknown; it is one of {', '.join(map(repr, _NAMED))}, or "
                 f"a `Precision(params, compute, output)`.{hint}"

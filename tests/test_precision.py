@@ -119,6 +119,18 @@ def test_the_scale_grows_after_enough_good_steps():
     assert float(scale.scale) == 8.0
 
 
+def test_double_precision_as_it_is_advised():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        trainer = quiet(max_epochs=1, precision=Precision(*[jnp.float64] * 3))
+        task = trainer.fit(Classifier(), DataLoader(rows(40), 8))
+        assert task.net.layers[0].weight.dtype == jnp.float64
+        assert trainer.predict(task, DataLoader(rows(40), 8)).dtype == jnp.float64
+    finally:
+        jax.config.update("jax_enable_x64", before)
+
+
 def test_masked_sums_do_not_overflow_float16():
     """Totals and weights are float32, whatever the compute dtype: 4,000 rows of loss 100."""
     data = {"x": np.full((4000, 1), 100.0, np.float32)}
