@@ -45,7 +45,7 @@ def entered(
             failure = error
             if isinstance(error, Interrupted):
                 status = "interrupted"
-            failure = run_all(_on_failure(trainer, error), error)
+            failure = run_all(_on_failure(trainer, error, checkpoint), error)
             if failure is not None and failure is not error:
                 raise failure  # noqa: B904 (it has a cause of its own)
             raise
@@ -65,12 +65,13 @@ def entered(
                 raise last
 
 
-def _on_failure(trainer: Trainer, error: BaseException) -> list[Callable[[], Any]]:
+def _on_failure(trainer: Trainer, error: BaseException, checkpoint: Any) -> list[Callable[[], Any]]:
     """What saves the run, where it should be, and tells callbacks and data."""
     told = trainer._bus.on_exception
     if isinstance(error, Interrupted):
         stopped = KeyboardInterrupt(str(error))
-        return [partial(save_interrupted, trainer, error), partial(told, trainer, stopped)]
+        saves = partial(save_interrupted, trainer, error, checkpoint)
+        return [saves, partial(told, trainer, stopped)]
     return [
         partial(told, trainer, error),
         *exception_saves(trainer),

@@ -276,8 +276,9 @@ def reserve(trainer: Trainer, make: bool) -> None:
             trainer._saver.reserve(folder)
 
 
-def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
-    """Saves where a signal stopped the run, and says how to go on."""
+def save_interrupted(trainer: Trainer, stop: Interrupted, checkpoint: Any) -> None:
+    """Saves where a signal stopped the run, and says how to go on; `checkpoint` is what it went on
+    from, if it did."""
     if trainer._stage_entry != "fit":
         return
     if not trainer._signals.deferring:
@@ -289,7 +290,10 @@ def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
         say(f"{stop} at step {step}. Nothing was saved: `enable_checkpointing=False`.")
         return
     # A save that failed before must not keep this one, the last, from being tried.
-    saves: list[Callable[[], Any]] = [trainer._saver.wait, partial(_save_here, trainer, stop)]
+    saves: list[Callable[[], Any]] = [
+        trainer._saver.wait,
+        partial(_save_here, trainer, stop, checkpoint),
+    ]
     failure = run_all(_until_stopped(trainer, saves), None)
     if isinstance(failure, Exception) and not isinstance(failure, SaveFailed):
         raise SaveFailed(f"{stop}: step {step} could not be saved ({failure}).") from failure
@@ -297,7 +301,7 @@ def save_interrupted(trainer: Trainer, stop: Interrupted) -> None:
         raise failure
 
 
-def _save_here(trainer: Trainer, stop: Interrupted) -> None:
+def _save_here(trainer: Trainer, stop: Interrupted, checkpoint: Any) -> None:
     step, folder, saver = trainer.global_step, checkpoint_folder(trainer), trainer._saver
     path = saver.holds(trainer._run, folder)
     if path is None:
@@ -305,10 +309,13 @@ def _save_here(trainer: Trainer, stop: Interrupted) -> None:
         saver.request(path, False)
     saver.save(trainer)
     saver.wait()
-    say(
-        f"{stop}: saved step {step} to `{path}`. To go on, run the same command with "
-        f'`fit(..., resume="auto")` or `fit(..., ckpt_path={str(path)!r})`.'
-    )
+    how = "The same command goes on from there."
+    if checkpoint not in ("auto", "last"):
+        how = (
+            'To go on, run the same command with `fit(..., resume="auto")` or '
+            f"`fit(..., ckpt_path={str(path)!r})`."
+        )
+    say(f"{stop}: saved step {step} to `{path}`. {how}")
 
 
 def exception_saves(trainer: Trainer) -> list[Callable[[], Any]]:

@@ -65,7 +65,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferring = False
+        self._deferring = self._saves = False
         self._interrupts = 0
         self._previous: dict[int, Any] = {}
         self._replaced: set[int] = set()
@@ -77,7 +77,7 @@ class Signals:
         self._outer = outer = _within()
         self.received = None if outer is None else outer.received
         self._interrupts = 0 if outer is None else outer._interrupts
-        self._deferring = False
+        self._deferring = self._saves = False
         self._replaced.clear()
         self._together = processes.count() > 1
         if threading.current_thread() is threading.main_thread():
@@ -128,7 +128,11 @@ class Signals:
         if not self._deferring:
             raise Interrupted(signum)
         if signum == signal.SIGINT:
-            say_from_handler("SIGINT: saving after this step. Once more stops at once, unsaved.")
+            say_from_handler(
+                "SIGINT: saving after this step. Once more stops at once, unsaved."
+                if self._saves
+                else "SIGINT: stopping after this batch. Once more stops at once."
+            )
 
     @property
     def stopped_at_once(self) -> bool:
@@ -140,9 +144,10 @@ class Signals:
         """Whether there is a run that can be saved."""
         return self._deferring
 
-    def defer(self) -> None:
-        """From here on there is something to save."""
+    def defer(self, saves: bool) -> None:
+        """From here on a run ends between two steps, and `saves` there, as one around it may."""
         self._deferring = True
+        self._saves = saves or (self._outer is not None and self._outer._saves)
 
     def poll(self) -> None:
         """**Raises:** `Interrupted` once a signal has arrived: on all processes of a job at once,

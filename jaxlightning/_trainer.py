@@ -231,7 +231,7 @@ class Trainer(Facts):
             ):
                 run.initialise()
             reserve(self, make=True)
-            self._signals.defer()
+            self._signals.defer(saves=bool(self._arguments.enable_checkpointing))
             self._log_hyperparameters(source.task)
             self._bus.on_fit_start(self)
             run.compile(self._signals.poll)
@@ -338,7 +338,7 @@ class Trainer(Facts):
                 )
             self._eval_feeds[kind] = feeds
             (key,) = placed([jax.random.key(self.seed)], [self._placement.replicated])
-            self._signals.defer()
+            self._signals.defer(saves=False)
             with self._stage_of(entry):
                 yield task, key
 

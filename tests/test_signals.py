@@ -172,6 +172,50 @@ def test_an_evaluation_ends_after_the_batch():
     assert seen == [0, 1, 2]
 
 
+@pytest.mark.parametrize("entry", ["validate", "test", "predict"])
+def test_one_that_saves_nothing_does_not_say_that_it_does(entry, capfd):
+    stage = {"validate": "validation"}.get(entry, entry)
+    strikes = LambdaCallback(**{f"on_{stage}_batch_end": lambda *_: send("SIGINT")})
+    with pytest.raises(SystemExit) as stop:
+        getattr(quiet(callbacks=strikes), entry)(Classifier(), DataLoader(rows(40), 8))
+    assert stop.value.code == 130
+    assert capfd.readouterr().err.strip() == (
+        "SIGINT: stopping after this batch. Once more stops at once."
+    )
+
+
+def test_neither_does_a_fit_without_checkpoints(tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, on_step(3, lambda: send("SIGINT")), enable_checkpointing=False)
+    assert "SIGINT: stopping after this batch." in capfd.readouterr().err
+
+
+def test_an_evaluation_within_a_fit_says_that_the_fit_is_saved(tmp_path, capfd):
+    def evaluates():
+        strikes = LambdaCallback(on_test_batch_end=lambda *_: send("SIGINT"))
+        quiet(callbacks=strikes).test(Classifier(), DataLoader(rows(40), 8))
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, on_step(3, evaluates))
+    said = capfd.readouterr().err
+    assert "SIGINT: saving after this step." in said
+    assert "SIGINT: saved step 3 to" in said
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_how_to_go_on(tmp_path, resume, capfd):
+    with pytest.raises(SystemExit):
+        fit(tmp_path, on_step(3, lambda: send("SIGTERM")), resume=resume)
+    path = tmp_path / "interrupted-step_0000000003"
+    how = "The same command goes on from there."
+    if resume is None:
+        how = (
+            'To go on, run the same command with `fit(..., resume="auto")` or '
+            f"`fit(..., ckpt_path='{path}')`."
+        )
+    assert f"SIGTERM: saved step 3 to `{path}`. {how}\n" in capfd.readouterr().err
+
+
 def test_nothing_is_saved_twice(tmp_path, capfd):
     with pytest.raises(SystemExit):
         fit(tmp_path, on_step(3, lambda: send("SIGTERM")))
