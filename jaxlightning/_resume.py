@@ -71,6 +71,7 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str], to_go_on: bool 
     **Raises:** `FileNotFoundError` where there is no such checkpoint.
     """
     folder, among = checkpoint_folder(trainer), lambda entry: True
+    begins = ' To begin where there is none, write `resume="auto"`.' if to_go_on else ""
     if to_go_on and ckpt_path == "last":
         folder, among = latest_of_run(trainer)
     if ckpt_path not in ("last", "best"):
@@ -78,7 +79,10 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str], to_go_on: bool 
         if not path.exists():
             near = [entry.path for entry in find_checkpoints(path.parent)]
             hint = f" That folder has {', '.join(p.name for p in near)}." if near else ""
-            raise FileNotFoundError(f"`ckpt_path={str(ckpt_path)!r}` does not exist.{hint}")
+            raise FileNotFoundError(
+                f"`ckpt_path={str(ckpt_path)!r}` does not exist.{hint} Write the path of a "
+                f'checkpoint, "last" or "best".{begins}'
+            )
         return path
     trainer.wait_for_checkpoints()
     latest = latest_checkpoint(folder, among) if ckpt_path == "last" else None
@@ -87,8 +91,8 @@ def resolve(trainer: Trainer, ckpt_path: str | os.PathLike[str], to_go_on: bool 
     entries = find_checkpoints(folder)
     if not entries:
         raise FileNotFoundError(
-            f'`ckpt_path="{ckpt_path}"`: there is no checkpoint in `{folder}`. To start without '
-            'one where there is none, write `resume="auto"`.'
+            f'`ckpt_path="{ckpt_path}"`: there is no checkpoint in `{folder}`. Write the path of '
+            f"one.{begins}"
         )
     if ckpt_path == "last":
         return entries[-1].path  # of weights only, which is said when it is looked into

@@ -145,11 +145,25 @@ def test_other_random_numbers_are_another_run(saved):
 def test_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'write `resume="auto"`'):
         trainer(tmp_path).fit(Classifier(), loader(), ckpt_path="last")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        trainer(tmp_path).fit(Classifier(), loader(), ckpt_path=tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint in"):
         trainer(tmp_path).fit(Classifier(), loader(), ckpt_path="best")
     assert trainer(tmp_path).fit(Classifier(), loader(), resume="auto") is not None
+
+
+def test_a_checkpoint_that_is_none(tmp_path):
+    one = trainer(tmp_path)
+    with pytest.raises(FileNotFoundError) as of_fit:
+        one.fit(Classifier(), loader(), ckpt_path="nothere")
+    instead = (
+        '`ckpt_path=\'nothere\'` does not exist. Write the path of a checkpoint, "last" or "best".'
+    )
+    auto = ' To begin where there is none, write `resume="auto"`.'
+    assert str(of_fit.value) == instead + auto
+    with pytest.raises(FileNotFoundError) as of_test:
+        one.test(Classifier(), loader(), ckpt_path="nothere")
+    assert str(of_test.value) == instead
+    with pytest.raises(FileNotFoundError, match=r"Write the path of one\.$"):
+        one.test(Classifier(), loader(), ckpt_path="last")
 
 
 def test_contradictions():
