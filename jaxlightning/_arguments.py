@@ -285,23 +285,16 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def refuse_unknown(unknown: Mapping[str, Any]) -> None:
-    """**Raises:** `TypeError` for an argument the Trainer does not have."""
-    if not unknown:
-        return
-    name = next(iter(unknown))
-    elsewhere = {
-        "accelerator": "JAX picks its platform itself: set the variable `JAX_PLATFORMS`",
-        "gpus": "write `devices=`",
-        "num_nodes": "processes are those of `jax.distributed`",
-        "benchmark": "XLA tunes its kernels itself",
-        "inference_mode": "evaluation never computes gradients",
-        "use_distributed_sampler": "a `DataLoader` gives global batches, split over the devices",
-        "model_registry": "`ModelCheckpoint` says where checkpoints go",
-        "enable_autolog_hparams": "`TaskModule.hyperparameters` says what is logged",
-        "sync_batchnorm": "statistics are those of the global batch already",
-        "plugins": "there are none",
-    }
-    reason = f" ({elsewhere[name]}.)" if name in elsewhere else ""
-    known = [field.name for field in dataclasses.fields(Arguments)]
-    raise TypeError(f"`Trainer` has no argument `{name}`.{nearest(name, known)}{reason}")
+ELSEWHERE = {
+    "accelerator": "JAX picks its platform itself: set the variable `JAX_PLATFORMS`",
+    "gpus": "write `devices=`",
+    "num_nodes": "processes are those of `jax.distributed`",
+    "benchmark": "XLA tunes its kernels itself",
+    "inference_mode": "evaluation never computes gradients",
+    "use_distributed_sampler": "a `DataLoader` gives global batches, split over the devices",
+    "model_registry": "`ModelCheckpoint` says where checkpoints go",
+    "enable_autolog_hparams": "`TaskModule.hyperparameters` says what is logged",
+    "sync_batchnorm": "statistics are those of the global batch already",
+    "plugins": "there are none",
+}
+"""What takes the place of arguments that Lightning's Trainer has and ours has not."""

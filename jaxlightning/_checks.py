@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 from jaxtyping import PyTree
 
 from ._task import TaskModule
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @contextlib.contextmanager
@@ -74,6 +78,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?`, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
+
+
+def refuses_unknown(what: str, elsewhere: Mapping[str, str]) -> Callable[[_Function], _Function]:
+    """Makes the `__init__` of `what` say of an argument that it does not have which one may be
+    meant, or what there is `elsewhere` in its place.
+
+    Python's own error names no other. With `**unknown` type checkers would find none.
+    """
+
+    def refusing(init: _Function) -> _Function:
+        known = [*inspect.signature(init).parameters][1:]
+
+        @functools.wraps(init)
+        def checked(*args: Any, **given: Any) -> Any:
+            for name in given:
+                if name not in known:
+                    said = f" ({elsewhere[name]}.)" if name in elsewhere else nearest(name, known)
+                    raise TypeError(f"`{what}` has no argument `{name}`.{said}")
+            return init(*args, **given)
+
+        return cast(_Function, checked)
+
+    return refusing
 
 
 def check_monitors(monitors: Iterable[str], known: Iterable[str]) -> None:

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from . import _setup as setting_up
-from ._arguments import Arguments, refuse_unknown
+from ._arguments import ELSEWHERE, Arguments
 from ._callback import Bus, Callback
+from ._checks import refuses_unknown
 from ._entry import entered
 from ._evaluate import Evaluator
 from ._facts import Facts
@@ -93,6 +94,7 @@ class Trainer(Facts):
     **Raises:** `ValueError` or `TypeError` for arguments that are wrong or contradict each other.
     """
 
+    @refuses_unknown("Trainer", ELSEWHERE)
     def __init__(
         self,
         *,
@@ -132,10 +134,8 @@ class Trainer(Facts):
         steps_per_dispatch: int = 1,
         on_recompile: str = "warn",
         seed: int = 0,
-        **unknown: Any,
     ):
-        given = {k: v for k, v in locals().items() if k not in ("self", "unknown")}
-        refuse_unknown(unknown)
+        given = {k: v for k, v in locals().items() if k != "self"}
         listed = setting_up.listed_callbacks(callbacks)
         self._arguments = Arguments(**given)
         setting_up.refuse_switched_off(self._arguments, listed)

@@ -343,6 +343,23 @@ def test_what_no_device_can_hold_is_named(column):
         abstract({"text": {"raw": column}})
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("batchsize", " Did you mean `batch_size`?"),
+        ("num_workers", " (a thread reads ahead; for processes, pass a pipeline of Grain in its"),
+        ("collate_fn", " (write `transform=`, a function from batch to batch.)"),
+        ("pin_memory", " (batches are on the devices before their step.)"),
+        ("dataset", " (it is the `source`.)"),
+        ("zzz", ""),
+    ],
+)
+def test_unknown_arguments_are_explained(name, says):
+    with pytest.raises(TypeError) as caught:
+        DataLoader(numbered(8), **{name: 4})
+    assert str(caught.value).startswith(f"`DataLoader` has no argument `{name}`.{says}")
+
+
 # The fingerprint
 
 

@@ -11,12 +11,21 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
+from jaxlightning._checks import refuses_unknown
 from jaxlightning._configuration import described
 
 from . import _fingerprint, _grain
 from ._culprit import first_failing, listed
 
 Rows = Int[np.ndarray, " rows"]
+
+_ELSEWHERE = {
+    "dataset": "it is the `source`",
+    "num_workers": "a thread reads ahead; for processes, pass a pipeline of Grain in its place",
+    "collate_fn": "write `transform=`, a function from batch to batch",
+    "pin_memory": "batches are on the devices before their step",
+}
+"""What takes the place of arguments that PyTorch's `DataLoader` has and this one has not."""
 
 
 class HeldRows(NamedTuple):
@@ -60,6 +69,7 @@ class DataLoader:
     - `allow_nan`: whether NaN in the first batch is meant and no error.
     """
 
+    @refuses_unknown("DataLoader", _ELSEWHERE)
     def __init__(
         self,
         source: Any,
