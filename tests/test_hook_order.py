@@ -6,6 +6,7 @@
 
 import inspect
 import json
+import re
 from pathlib import Path
 
 import equinox as eqx
@@ -100,6 +101,22 @@ def shared(events, skipped=frozenset({"state_dict"})):
     for before a validation, so that a signal during it can be saved as of its start."""
     skipped = LEFT_OUT.keys() | OURS.keys() | skipped
     return [event for event in events if event.split()[0].rpartition(".")[2] not in skipped]
+
+
+def test_the_document_has_every_hook_with_its_arguments():
+    takes = {
+        name: [*inspect.signature(member).parameters][1:]
+        for name, member in vars(Callback).items()
+        if inspect.isfunction(member) and not name.startswith("_")
+    }
+    table = (Path(__file__).parent.parent / "docs/callbacks.md").read_text()
+    rows = re.findall(r"^\| (`.*?`) \| (.*?)\| ", table, re.MULTILINE)
+    listed = [
+        (name, re.findall(r"\w+", arguments))
+        for names, arguments in rows
+        for name in re.findall(r"\w+", names)
+    ]
+    assert listed == list(takes.items())
 
 
 def test_every_hook_is_lightnings_or_explained():
