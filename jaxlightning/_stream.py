@@ -16,6 +16,7 @@ import numpy as np
 
 from ._classification import Perplexity
 from ._metrics import Mean, Metric, TotalLoss
+from ._say import warn
 
 Sums = dict[str, Metric]
 Numbers = dict[str, Any]
@@ -91,6 +92,7 @@ class MetricStream:
         self._open: list[Sums] = []
         self._ended: tuple[int, list[Sums]] | None = None
         self._epoch: Sums = {}
+        self._warned = False
 
     def after_step(self, step: int) -> None:
         """Where an interval ends with this step: starts reading it, delivers the one before."""
@@ -131,9 +133,22 @@ class MetricStream:
         """Reads pieces, counts those that are new into the epoch, and merges them."""
         new = [piece for piece in pieces if _on_device(piece)]
         fresh = read(new)
+        self._watch(fresh)
         self._epoch = merged([self._epoch, *fresh] if self._epoch else fresh)
         held = [piece for piece in pieces if not _on_device(piece)]
         return merged([*held, *fresh])
+
+    def _watch(self, fresh: list[Sums]) -> None:
+        """Warns, once, of a loss that is not finite, which one over nothing is not here."""
+        losses = [np.asarray(sums["loss"].compute()) for sums in fresh if "loss" in sums]
+        bad = [loss for loss in losses if not np.isfinite(loss).all()]
+        if bad and not self._warned:
+            self._warned = True
+            warn(
+                f"The training loss is {bad[0]}. `Trainer(detect_anomaly=True)` says in which "
+                "operation NaN appears; the callback `SkipNonFinite()` refuses such steps, and "
+                "`ReplayCapsule()` keeps one for `jaxlightning replay`."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that is not yet delivered, as JSON values. Waits for the device."""

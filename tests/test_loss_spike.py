@@ -215,6 +215,7 @@ def test_what_is_known_to_be_wrong_before_the_first_step(tmp_path):
     assert "`monitor='train/lost'` is a metric that no step of this run produces" in message
 
 
+@pytest.mark.filterwarnings("ignore:The training loss is nan")
 def test_a_trial_run_is_left_alone():
     one = quiet(enable_checkpointing=None, fast_dev_run=3, callbacks=rewinding())
     one.fit(Noisy.initial(), batches(poisoned=[1], poison=np.nan))

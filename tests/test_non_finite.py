@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jaxlightning.callbacks._non_finite import all_finite  # type: ignore[import-not-found]
 from steps import Regression, assert_bitwise, batches, quiet_trainer, start  # type: ignore[import-not-found]
-from tasks import quiet
+from tasks import Classifier, TwoLosses, quiet, rows
 
 from jaxlightning import Callback, DataLoader
 from jaxlightning._callback import InsideStep
@@ -332,3 +332,38 @@ def test_an_interval_of_refused_steps_has_no_loss():
     trainer = quiet_trainer([SkipNonFinite(), log], log_every_n_steps=1)
     trainer.fit(Regression.initial(), list(batches(4, {2})))
     assert [np.isfinite(loss) for loss in losses] == [True, True, False, True]
+
+
+# A loss that nobody looks after
+
+
+@pytest.mark.parametrize(
+    ("bad", "steps"), [(np.nan, 3), (np.nan, 20), (np.inf, 1)], ids=["part", "intervals", "inf"]
+)
+def test_a_loss_that_is_not_finite_is_warned_of_once_a_fit(bad, steps):
+    columns = {"x": np.ones((4, 2), np.float32), "y": np.full(4, bad, np.float32)}
+    data = DataLoader(columns, 2, allow_nan=True)
+    trainer = quiet_trainer([], max_steps=steps, log_every_n_steps=5)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="The training loss is") as caught:
+            trainer.fit(Regression.initial(), data)
+        assert [str(warning.message) for warning in caught] == [
+            f"The training loss is {bad}. `Trainer(detect_anomaly=True)` "
+            "says in which operation NaN appears; the callback `SkipNonFinite()` refuses such "
+            "steps, and `ReplayCapsule()` keeps one for `jaxlightning replay`."
+        ]
+
+
+@pytest.mark.parametrize("task", [Classifier, TwoLosses])
+def test_a_loss_over_nothing_is_logged_as_nan_and_not_warned_of(task):
+    data = rows(8) | {"mask": np.zeros(8, bool), "y": np.ones(8, np.int32)}
+    trainer = quiet(max_epochs=2, log_every_n_steps=1)
+    trainer.fit(task(), DataLoader(data, 4))
+    assert np.isnan(trainer.callback_metrics["train/loss"])
+
+
+def test_neither_is_one_of_refused_steps():
+    trainer = quiet(max_epochs=1, log_every_n_steps=1, callbacks=SkipNonFinite(max_in_a_row=9))
+    data = DataLoader(rows(8) | {"x": np.full((8, 6), np.nan, np.float32)}, 4, allow_nan=True)
+    trainer.fit(Classifier(), data)
+    assert np.isnan(trainer.callback_metrics["train/loss"])

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
     ],
     ids=["high", "nan", "accumulation", "blocks"],
 )
+@pytest.mark.filterwarnings("ignore:The training loss is nan")
 def test_a_rewound_run_is_the_run_that_never_met_the_batches(
     tmp_path, capsys, how, per_step, poison
 ):
