@@ -208,7 +208,7 @@ def test_a_headless_checkpoint_names_what_the_head_lacks(task):
 
 
 def test_folders_without_a_model(task, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no `config.json` in .* Give the folder of a mod"):
+    with pytest.raises(FileNotFoundError, match=r"no `config.json` in .* Give the folder of a run"):
         from_pretrained(tmp_path)
     save_pretrained(task, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
