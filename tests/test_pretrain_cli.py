@@ -72,7 +72,7 @@ def test_a_stray_word_and_a_value_of_the_wrong_kind_are_refused(capsys):
 def test_an_unknown_command_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["pertrain"])
-    assert "invalid choice: 'pertrain'" in capsys.readouterr().err
+    assert "`pertrain` is none of `pretrain`" in capsys.readouterr().err
     assert main([]) == 2
 
 
