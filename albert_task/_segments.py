@@ -50,7 +50,8 @@ class SegmentRows:
     two follow each other in a document, cut at a sentence's end, and are swapped half of the time.
     Unpacked, a row is one text and padding. Packed, it is filled by one text after another of the
     documents in random order, the last of which is cut to what is left: there is no padding but
-    for less than 16 tokens in some rows. `rows.take(numbers)` gives a dict of arrays (rows, seq):
+    for less than 16 tokens in some rows. A sentence that is longer than a row goes on in the next
+    texts. `rows.take(numbers)` gives a dict of arrays (rows, seq):
 
     - `input_ids`, `attention_mask`, `token_type_ids`;
     - packed: `segment_ids`, the number of each token's text in its row, and `position_ids`, which
@@ -106,11 +107,13 @@ class SegmentRows:
         self.max_texts = max(1, seq_len // _LEAST_TEXT)
         # Closing [SEP]s are no part of a sentence.
         last = np.searchsorted(store.sentences, store.offsets[1:]) - 1
-        self._first_sentence = np.searchsorted(store.sentences, store.offsets[:-1])
-        self._last_sentence = last
         ends = np.append(store.sentences[1:], store.offsets[-1])
         ends[last] -= 1
-        self._ends = ends
+        self._begins, self._ends, pieces = _in_pieces(store.sentences, ends, seq_len, pairs)
+        until = np.cumsum(pieces)
+        first = np.searchsorted(store.sentences, store.offsets[:-1])
+        self._first_sentence = until[first] - pieces[first]
+        self._last_sentence = until[last] - 1
         self.plan = functools.lru_cache(maxsize=2)(self._plan)
         self._count = len(self.plan(0)[2])
 
@@ -195,7 +198,7 @@ class SegmentRows:
         special = 3 if self.pairs else 2
         room, row, at, texts_in_row = self.seq_len, 0, 0, 0
         ends = self._ends
-        begins = self.store.sentences
+        begins = self._begins
         draws: Iterator[float] = iter(())
         found: list[tuple[int, int, int, int]] = []
         for document in documents.tolist():
@@ -230,7 +233,7 @@ class SegmentRows:
         self, spans: Int[np.ndarray, "texts 4"], generator: np.random.Generator
     ) -> Texts:
         row, at, sentence, after = spans.T
-        begin, end = self.store.sentences[sentence], self._ends[after - 1]
+        begin, end = self._begins[sentence], self._ends[after - 1]
         next_at = np.append(at[1:], 0)
         same_row = np.append(row[1:] == row[:-1], False)
         alone = (after - sentence == 1) | (not self.pairs)
@@ -239,7 +242,7 @@ class SegmentRows:
         # Cut at the end of a random sentence but the last.
         cut = sentence + _random_up_to(generator, np.maximum(after - sentence - 2, 0))
         middle = np.where(alone, end, self._ends[cut])
-        resume = np.where(alone, end, self.store.sentences[np.minimum(cut + 1, after - 1)])
+        resume = np.where(alone, end, self._begins[np.minimum(cut + 1, after - 1)])
         first, second = middle - begin, end - resume
         # The longer one is cut to fit: down to the other, then both alike.
         half = np.where(alone, target, (target + 1) // 2)
@@ -296,6 +299,25 @@ class SegmentRows:
             labels[line, number] = texts.order[which]
             batch["sentence_order_label"] = labels if self.packed else labels[:, 0]
         return batch
+
+
+def _in_pieces(
+    begins: Int[np.ndarray, " sentences"],
+    ends: Int[np.ndarray, " sentences"],
+    seq_len: int,
+    pairs: bool,
+) -> tuple[Int[np.ndarray, " pieces"], Int[np.ndarray, " pieces"], Int[np.ndarray, " sentences"]]:
+    """Sentences longer than a row in pieces that fill one, with `pairs` two of them; where pieces
+    begin and end, and how many each sentence has."""
+    size = (seq_len - 2) // 2 if pairs else seq_len - 2
+    lengths = ends - begins
+    counts = np.where(lengths > seq_len - 2, -(-lengths // size), 1)
+    if (counts == 1).all():
+        return begins, ends, counts
+    nth = _counting(counts)
+    begin, end = np.repeat(begins, counts) + nth * size, np.repeat(ends, counts)
+    whole = np.repeat(counts == 1, counts)
+    return begin, np.where(whole, end, np.minimum(begin + size, end)), counts
 
 
 def _random_up_to(

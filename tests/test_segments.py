@@ -168,6 +168,21 @@ def test_short_documents_fill_rows():
     assert padding.sum(1).max() < 16
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_sentence_longer_than_a_row_goes_on_in_the_next(pairs, packed):
+    long = store([[5, 1000, 7], [3000], [300, 2]])
+    rows = SegmentRows(long, np.arange(3), 64, pairs=pairs, packed=packed, short=0)
+    batch = everything(rows)
+    words = batch["input_ids"][batch["input_ids"] >= 10]
+    assert len(np.unique(words)) == len(words) > 0.9 * len(long.tokens)
+    if pairs:
+        known = batch["sentence_order_label"] != -100
+        assert known.sum() > 0.9 * len(rows)
+    for _, _, _, ids, _ in texts_of(batch, packed):
+        assert len({document_of(long, int(token)) for token in ids[ids >= 10]}) == 1
+
+
 def test_a_loader_of_one_source(made):
     rows = SegmentRows(made, np.arange(300), 32)
     loader = RowLoader(rows, 16)
