@@ -42,7 +42,8 @@ class Recipe(NamedTuple):
 
     optimizer: str = "adamw"
     """`"adamw_reference"` and `"lamb_reference"` do not correct moments for bias, as
-    google-research/albert; `"adamw"` and `"lamb"` do."""
+    google-research/albert; `"adamw"` and `"lamb"` do. `"lamb"` leaves vectors unscaled, and
+    `"adafactor"` does not scale updates by the size of parameters, both unlike optax's."""
     learning_rate: float = 1e-3
     """The peak."""
     weight_decay: float = 0.01
