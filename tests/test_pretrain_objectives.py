@@ -80,7 +80,7 @@ def test_what_does_not_go_together(texts, capsys, arguments, message):
 def test_pairs_that_no_text_has(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n\n".join(f"the fox number {n}" for n in range(400)))
     given = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
-    small = ["--model", "tiny", "--vocab-size", "60", "--seq-len", "16", "--objective", "mlm+sop"]
+    small = ["--model", "tiny", "--vocab-size", "60", "--seq-len", "64", "--objective", "mlm+sop"]
     assert main(["pretrain", *given, *small]) == 2
     assert "No row has a pair of segments" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
