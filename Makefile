@@ -1,7 +1,7 @@
 # Every target first sets up `.venv`, once (scripts/setup).
 #   ARGS    goes to the command:     make pretrain ARGS='--model small'
 #   PYTHON  picks the interpreter:   make test PYTHON=python3.12
-#   WORKERS says in how many processes tests run, each of which needs up to 3 GB
+#   WORKERS says in how many processes tests run, each of which needs up to 6 GB
 ARGS ?=
 WORKERS ?= 2
 PYTHON ?=

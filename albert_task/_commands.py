@@ -107,7 +107,6 @@ class AnswerOptions(DataOptions):
 def answer(options: AnswerOptions) -> int:
     """Prints the likeliest answers."""
     from ._finetune import _quiet
-    from ._squad import answers
 
     task = from_pretrained(options.model)
     if not isinstance(task, AlbertForQuestionAnswering):
@@ -124,15 +123,7 @@ def answer(options: AnswerOptions) -> int:
     asked = [Question("0", options.question, _context(options.context))]
     examples = kind.encode(asked, tokenizer, (), labelled=False)
     found = predicted(_quiet(options), task, examples, min(options.batch_size, len(examples)))
-    said = answers(
-        kind.windows_of(examples),
-        found["start_logits"],
-        found["end_logits"],
-        n_best=options.n_best,
-        max_answer_length=options.max_answer_length,
-        may_be_none=options.may_be_none,
-        threshold=options.threshold,
-    )["0"]
+    said = kind.answers(found, examples)["0"]
     print(said.text or "(no answer)")
     for one in said.candidates[: options.top_k]:
         print(f"    {one.probability:6.1%}  {one.text or '(no answer)'}")

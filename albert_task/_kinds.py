@@ -274,11 +274,8 @@ class QuestionAnswering(Kind):
         self._windows[id(found.examples)] = found
         return found.examples
 
-    def windows_of(self, examples: Encoded) -> Windows:
-        """What examples that `encode` gave are windows of."""
-        return self._windows[id(examples)]
-
-    def answers(self, found: Predictions, source: Any, examples: Encoded) -> dict[str, Answer]:
+    def answers(self, found: Predictions, examples: Encoded) -> dict[str, Answer]:
+        """The answer to each question, by its id, of examples that `encode` gave."""
         return answers(
             self._windows[id(examples)],
             found["start_logits"],
@@ -292,7 +289,7 @@ class QuestionAnswering(Kind):
     def scores(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
     ) -> dict[str, float]:
-        said = self.answers(found, source, examples)
+        said = self.answers(found, examples)
         scores = squad_scores(answered(source), {name: one.text for name, one in said.items()})
         if any(not one.answers for one in source):
             # The best threshold may lie above ours: it is found among answers not taken back.
@@ -305,7 +302,7 @@ class QuestionAnswering(Kind):
     def rows(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        said = self.answers(found, source, examples)
+        said = self.answers(found, examples)
         return [
             {
                 "id": name,

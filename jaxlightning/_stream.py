@@ -140,9 +140,11 @@ class MetricStream:
 
     def _watch(self, fresh: list[Sums]) -> None:
         """Warns, once, of a loss that is not finite, which one over nothing is not here."""
+        if self._warned:
+            return
         losses = [np.asarray(sums["loss"].compute()) for sums in fresh if "loss" in sums]
         bad = [loss for loss in losses if not np.isfinite(loss).all()]
-        if bad and not self._warned:
+        if bad:
             self._warned = True
             warn(
                 f"The training loss is {bad[0]}. `Trainer(detect_anomaly=True)` says in which "
