@@ -6,11 +6,12 @@ ARGS ?=
 WORKERS ?= 2
 PYTHON ?=
 
-.PHONY: help setup pretrain test check format wheel-check benchmark clean
+.PHONY: help setup pretrain test test-long check format wheel-check benchmark clean
 
 help:
 	@echo 'make pretrain     pretrain a small ALBERT on the English prose of this machine'
 	@echo 'make test         run the test suite'
+	@echo 'make test-long    run the tests that take longest'
 	@echo 'make check        lint, formatting and types'
 	@echo 'make format       format, and fix what the linter can'
 	@echo 'make wheel-check  build, install into an empty environment, import from elsewhere'
@@ -29,6 +30,9 @@ pretrain: setup
 
 test: setup
 	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-long: setup
+	@exec .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'long and not slow' $(ARGS)
 
 check: setup
 	@exec sh scripts/check

@@ -68,8 +68,8 @@ def keep_where(accepted: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
 def computed_once(flag: Bool[Array, ""]) -> Bool[Array, ""]:
     """`flag`, which XLA would else compute again in each loop that reads it: for a verdict over
     all leaves in the update of each leaf, which made a small ALBERT's step half as long again to
-    compile. Nothing is fused into a loop that has a cumulative minimum (and XLA takes
-    `optimization_barrier` away before it fuses, on CPUs)."""
+    compile. A cumulative minimum is fused into no loop. (On CPUs XLA drops `optimization_barrier`
+    before it fuses.)"""
     return jax.lax.cummin(jnp.stack([flag, flag]).astype(jnp.int32))[-1] > 0
 
 

@@ -42,6 +42,7 @@ def computed(config, **changes):
     return [hidden, *jax.tree.leaves(eqx.filter(gradients, eqx.is_array))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", [TINY, DROPPING_GROUPS], ids=["plain", "groups_and_dropout"])
 @pytest.mark.parametrize(
     "changes",

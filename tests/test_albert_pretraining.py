@@ -61,6 +61,7 @@ def test_both_losses_by_hand(task):
     )
 
 
+@pytest.mark.long
 def test_packed_rows_lose_what_their_texts_lose(task):
     """Token by token and text by text: what stands beside a text changes nothing."""
     generator = np.random.default_rng(1)
@@ -113,6 +114,7 @@ def test_packed_rows_lose_what_their_texts_lose(task):
         np.testing.assert_allclose(loss.total, total[name], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_it_learns_the_order():
     """Segments that count up, swapped or not: told by which comes first."""
     generator = np.random.default_rng(0)

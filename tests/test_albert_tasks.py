@@ -149,6 +149,7 @@ def test_predictions_are_the_likeliest_pieces(task):
     np.testing.assert_allclose(chosen, found["log_probs"], atol=1e-4)
 
 
+@pytest.mark.long
 def test_dropout_in_training_and_none_in_predictions(task):
     dropping = tiny_albert.task(dataclasses.replace(DROPPING, num_hidden_layers=1))
     batch = {"tokens": jnp.asarray(rows()), "labels": jnp.asarray(labels(rows()))}

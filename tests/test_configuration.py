@@ -473,6 +473,7 @@ print(json.dumps(everything(), indent=1), end="")
 """
 
 
+@pytest.mark.long
 def test_processes_with_other_hash_seeds_agree():
     pytest.importorskip("flax")
     processes = [

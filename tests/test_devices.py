@@ -84,6 +84,7 @@ class Folding(Classifier):
         return jax.vmap(self.net)(batch["x"] + 0.1 * noise)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Normed, Folding])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_what_shards_cannot_do_is_as_exact(kind, accumulate):
@@ -147,6 +148,7 @@ def test_metrics_of_shards_are_merged_as_they_merge():
     assert found[0]["train/largest"] > 0.1
 
 
+@pytest.mark.long
 def test_mixed_precision_and_loss_scaling_on_shards():
     for precision, tolerance in (("bf16-mixed", 2e-3), ("16-mixed", 2e-3)):
         options = {"max_epochs": 1, "precision": precision}
@@ -159,6 +161,7 @@ def test_mixed_precision_and_loss_scaling_on_shards():
 # Stacked layers
 
 
+@pytest.mark.long
 def test_layers_are_gathered_one_by_one():
     """The stack's own axis is never sharded, and results are those of one device."""
     trainer = quiet(max_steps=3, devices=4, strategy="fsdp")
@@ -170,6 +173,7 @@ def test_layers_are_gathered_one_by_one():
     assert_close(trained, one, 1e-5)
 
 
+@pytest.mark.long
 def test_a_gathered_stack_holds_one_layer():
     """Peak bytes a device stay below those of gathering everything, by more than half of it."""
     peaks = []
@@ -226,6 +230,7 @@ def test_activations_are_sharded_where_the_task_asks():
 # explain_sharding
 
 
+@pytest.mark.long
 def test_explain_sharding_lists_every_leaf():
     trainer = quiet(devices=4, mesh={"fsdp": 2, "tensor": 2}, strategy="fsdp")
     found = trainer.explain_sharding(Sharded())

@@ -33,6 +33,7 @@ def test_digits_are_told_apart(name, options):
     assert example.main(max_epochs=6, **options) > 0.95
 
 
+@pytest.mark.long
 def test_characters_are_predicted_better_than_by_frequency(options):
     from examples import char_model
 
@@ -41,6 +42,7 @@ def test_characters_are_predicted_better_than_by_frequency(options):
     assert loss < entropy - 0.3
 
 
+@pytest.mark.long
 def test_packed_documents_fill_their_rows(options):
     pytest.importorskip("grain")
     from examples import packed_grain

@@ -146,6 +146,7 @@ def whole(pretrained, data, tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, whole, tmp_path, capsys):
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
@@ -188,6 +189,7 @@ def test_a_folder_keeps_its_run(pretrained, data, whole, tmp_path, capsys):
     assert "is a run's folder. Choose another: `--out FOLDER`" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_what_has_learnt_nothing_is_an_error(pretrained, data, tmp_path, capsys):
     broken = jax.tree.map(lambda x: x * float("nan"), from_pretrained(pretrained))
     save_pretrained(broken, tmp_path / "nan", pretrained)
@@ -237,6 +239,7 @@ def questions(tmp_path_factory):
     return folder / "squad.json"
 
 
+@pytest.mark.long
 def test_answers(pretrained, questions, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [
@@ -286,15 +289,8 @@ def kinds(folder):
         yield name, path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokens",
-        "regression",
-        pytest.param("choice", marks=pytest.mark.slow),
-        pytest.param("multilabel", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["tokens", "regression", "choice", "multilabel"])
 def test_the_other_kinds(pretrained, tmp_path, name, capsys):
     path = dict(kinds(tmp_path))[name]
     out = tmp_path / "run"

@@ -110,6 +110,7 @@ def task_for(number, where):
     return "albert" if where in ("step", "validated") else ("mlp", "batchnorm")[number % 2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("task", "where", "step", "saved"),
     [pytest.param(task_for(i, p[0]), *p, id=p[0]) for i, p in enumerate(PHASES)],

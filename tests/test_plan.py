@@ -44,6 +44,7 @@ def albert_flops(config, rows, length):
     return 3 * 2 * rows * (body + head)
 
 
+@pytest.mark.long
 def test_eight_devices_are_planned_exactly():
     done = subprocess.run(
         [sys.executable, str(HERE / "plan_job.py")],
@@ -78,6 +79,7 @@ print(json.dumps(plan.as_dict() | {"rss": peak, "cpu": sum(resource.getrusage(0)
 """
 
 
+@pytest.mark.long
 def test_xxlarge_on_1024_devices_is_planned_on_a_laptop():
     """In less than 1 GB and, of this machine's processors, 40 seconds on two of them."""
     done = subprocess.run(
@@ -114,6 +116,7 @@ def test_xxlarge_on_1024_devices_is_planned_on_a_laptop():
     assert any("fused" in sentence for sentence in found["estimated"])
 
 
+@pytest.mark.long
 def test_flops_are_those_of_the_formula_whatever_the_mesh():
     config = AlbertConfig(
         vocab_size=256,

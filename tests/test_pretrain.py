@@ -198,6 +198,7 @@ def test_the_same_command_again_says_that_it_is_done(whole, text, capsys, monkey
 # Cut short
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("signal", "code", "step"),
     [("SIGINT", 130, 13), pytest.param("SIGTERM", 143, 20, marks=pytest.mark.slow)],

@@ -99,6 +99,7 @@ def first_run(texts, out, *arguments):
     return json.loads((out / "result.json").read_text())
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_the_weights_of_another(texts, tmp_path):
     """One step that changes nothing scores what the other run scored."""
     before = first_run(texts, tmp_path / "first")
@@ -120,6 +121,7 @@ def test_a_run_goes_on_from_the_weights_of_another(texts, tmp_path):
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.long
 def test_heads_that_the_weights_lack_begin_anew(texts, tmp_path, capsys):
     first_run(texts, tmp_path / "first", "--steps", "2")
     capsys.readouterr()

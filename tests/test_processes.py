@@ -88,6 +88,7 @@ def test_two_processes_are_one_run(tmp_path, one):
     assert resumed["metrics"]["val/loss"] == pytest.approx(one["metrics"]["val/loss"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_four_processes_go_on_from_one(tmp_path, one):
     alone(tmp_path / "run", {"steps": 4})
     done, seen = launch(tmp_path / "run", {"resume": "auto", "steps": 12}, 4, 1)
@@ -116,6 +117,7 @@ def test_a_capsule_is_of_one_process(tmp_path, monkeypatch):
         ReplayCapsule(tmp_path).on_fit_start(Trainer(logger=False))
 
 
+@pytest.mark.long
 def test_sigterm_to_one_saves_the_same_step_on_all(tmp_path):
     done, seen = launch(tmp_path / "run", {"steps": 5000, "strike": [6, 1, "SIGTERM"]})
     assert done.returncode == 143, done.stderr[-3000:]
@@ -133,6 +135,7 @@ def test_sigterm_to_one_saves_the_same_step_on_all(tmp_path):
         np.testing.assert_allclose(process["losses"], whole["losses"][-3:], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_sigkill_of_one_ends_all_with_a_message(tmp_path):
     done, _ = launch(
         tmp_path / "run",
@@ -146,6 +149,7 @@ def test_sigkill_of_one_ends_all_with_a_message(tmp_path):
     assert 4 in {verify_checkpoint(entry.path).step for entry in intact}
 
 
+@pytest.mark.long
 def test_a_failure_of_one_is_told_last(tmp_path):
     done, seen = launch(tmp_path / "run", {"steps": 5000, "strike": [3, 1, "raise"]})
     assert done.returncode == 1

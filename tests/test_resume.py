@@ -73,6 +73,7 @@ def test_wherever_it_is_cut(tmp_path, uninterrupted, name, where, step):
     assert result(run(tmp_path, check=0)) == uninterrupted()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [("--steps-per-dispatch", 4), ("--accumulate", 3)], ids=["blocks", "accumulation"]
 )
@@ -82,6 +83,7 @@ def test_blocks_and_accumulation(tmp_path, uninterrupted, options):
     assert result(run(tmp_path, *options, check=0)) == uninterrupted(*options)
 
 
+@pytest.mark.long
 def test_a_finished_run_is_left_alone(tmp_path, uninterrupted):
     run(tmp_path, check=0)
     again = result(run(tmp_path, check=0))

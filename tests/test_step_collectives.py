@@ -61,6 +61,7 @@ def test_ddp_reduces_the_gradients_once(make, data, accumulate):
     assert gradients <= total_bytes(found) <= gradients + SCALARS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize(("make", "data"), CASES)
 def test_fsdp_gathers_and_scatters_what_it_shards_once(make, data, accumulate):
@@ -95,6 +96,7 @@ def test_a_stack_is_gathered_in_its_scan_where_that_is_asked_for(accumulate):
             assert not {array.shape for array in c.arrays} & (blocks - {(layers, 4 * width)})
 
 
+@pytest.mark.long
 def test_tensor_parallel_logits_and_embeddings_are_not_gathered():
     """Two reductions a layer in each direction, of activations (Megatron-LM, section 3), one for
     the embedding and one for the head; of logits only numbers a position."""

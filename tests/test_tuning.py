@@ -19,6 +19,7 @@ def needed(trainer, task, count):
     return peak_bytes(compiled_step(planned_run(trainer, task, PlannedBatches(batch), placement)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"devices": 4, "strategy": "fsdp"}, {"accumulate_grad_batches": 2}],
@@ -38,6 +39,7 @@ def test_the_largest_batch_that_fits(arguments, capfd):
     )
 
 
+@pytest.mark.long
 def test_no_step_is_executed_but_one(monkeypatch):
     steps = []
 
