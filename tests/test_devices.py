@@ -32,7 +32,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "accumulate", "strategies"),
     [
-        ("albert", 4, ["ddp", "fsdp x tensor"]),
+        pytest.param("albert", 4, ["ddp", "fsdp x tensor"], marks=pytest.mark.long),
         ("transformer", 1, ["fsdp"]),
         ("mlp", 4, ["ddp", "fsdp", "tensor", "fsdp x tensor"]),
         *(

@@ -139,6 +139,7 @@ def test_heads_that_the_weights_lack_begin_anew(texts, tmp_path, capsys):
     assert task.config.hidden_dropout_prob == 0.1
 
 
+@pytest.mark.long
 def test_weights_that_are_not_there_or_do_not_fit(texts, tmp_path, capsys):
     first_run(texts, tmp_path / "first", "--steps", "2")
 

@@ -47,7 +47,7 @@ def size(leaves):
 CASES = [
     pytest.param(lambda: Transformer("scanned"), series, id="scanned"),
     pytest.param(lambda: Transformer("unrolled"), series, id="unrolled"),
-    pytest.param(albert, texts, id="albert"),
+    pytest.param(albert, texts, id="albert", marks=pytest.mark.long),
 ]
 
 
