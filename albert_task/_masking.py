@@ -13,9 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from ._layers import named_key
 from ._tokenizer import WordStarts
 
 
@@ -81,23 +80,24 @@ def mask_tokens(
     hidden = jnp.isin(tokens, jnp.asarray(sorted(special), tokens.dtype))
     own = jnp.ones_like(hidden) if where is None else where
     eligible = own & ~hidden
-    drawn = jax.random.uniform(named_key(key, "ngrams"), (*tokens.shape, 3))
-    new, starts = _parted(tokens, eligible, segments, word_starts, max_ngram, drawn[..., 0])
+    lengths, scores, kinds, noise = jnp.moveaxis(jax.random.bits(key, (*tokens.shape, 4)), 2, 0)
+    new, starts = _parted(tokens, eligible, segments, word_starts, max_ngram, lengths)
 
     # In random order of n-grams; a stable sort leaves each one's tokens together and in order.
     number = jnp.maximum(jnp.cumsum(new, axis=1) - 1, 0)
-    score = jnp.take_along_axis(drawn[..., 1], number, axis=1)
-    order = jnp.argsort(jnp.where(eligible, score, 2.0), axis=1, stable=True)
+    score = jnp.take_along_axis(scores, number, axis=1)
+    order = jnp.argsort(jnp.where(eligible, score >> 1, _share(1.0)), axis=1, stable=True)
     wanted = [num_predictions(length, rate) for length in range(seq + 1)]
-    count = jnp.minimum(jnp.asarray(wanted)[own.sum(1)], eligible.sum(1))
-    positions, predicted = _taken(order, count, starts, eligible, min(wanted[-1], seq))
+    length = eligible.sum(1, keepdims=True)
+    count = jnp.minimum(jnp.asarray(wanted)[own.sum(1, keepdims=True)], length)
+    positions, predicted = _taken(order, length, count, starts, min(wanted[-1], seq))
 
+    kind = jnp.take_along_axis(kinds, number, axis=1)
+    shown = _ordinary(noise, special, vocab_size).astype(tokens.dtype)
+    shown = jnp.where(kind < _share(0.8), jnp.asarray(mask_id, tokens.dtype), shown)
+    shown = jnp.where(kind < _share(0.9), shown, tokens)
     labels = jnp.take_along_axis(tokens, positions, axis=1)
-    of = jnp.take_along_axis(number, positions, axis=1)
-    u = jnp.take_along_axis(drawn[..., 2], of, axis=1)
-    noise = _ordinary(named_key(key, "random"), labels, special, vocab_size)
-    shown = jnp.where(u < 0.8, jnp.asarray(mask_id, labels.dtype), noise)
-    shown = jnp.where(predicted & (u < 0.9), shown, labels)
+    shown = jnp.where(predicted, jnp.take_along_axis(shown, positions, axis=1), labels)
     return Masked(
         tokens=jnp.put_along_axis(tokens, positions, shown, axis=1, inplace=False),
         positions=positions,
@@ -106,13 +106,18 @@ def mask_tokens(
     )
 
 
+def _share(share: float) -> np.uint32:
+    """What that share of random 32 bits is below."""
+    return np.uint32(min(share * 2**32, 2**32 - 1))
+
+
 def _parted(
     tokens: Int[Array, "batch seq"],
     eligible: Bool[Array, "batch seq"],
     segments: Int[Array, "batch seq"] | None,
     word_starts: WordStarts | None,
     max_ngram: int,
-    u: Float[Array, "batch seq"],
+    bits: UInt32[Array, "batch seq"],
 ) -> tuple[Bool[Array, "batch seq"], Bool[Array, "batch seq"]]:
     """Where n-grams begin, and where words do."""
     fresh = ~_shifted(eligible, 1)
@@ -126,7 +131,7 @@ def _parted(
     # n-gram k ends before word n_0 + … + n_k.
     shares = 1 / np.arange(1, max_ngram + 1)
     limits = np.cumsum(shares / shares.sum())[:-1]
-    lengths = 1 + sum((u >= float(limit)).astype(jnp.int32) for limit in limits)
+    lengths = 1 + sum((bits >= _share(limit)).astype(jnp.int32) for limit in limits)
     rows = jnp.arange(len(tokens))[:, None]
     begins = jnp.zeros(tokens.shape, bool)
     begins = begins.at[rows, jnp.cumsum(lengths, axis=1)].set(True, mode="drop")
@@ -138,31 +143,32 @@ def _parted(
 
 def _taken(
     order: Int[Array, "batch seq"],
-    count: Int[Array, " batch"],
+    length: Int[Array, "batch 1"],
+    count: Int[Array, "batch 1"],
     starts: Bool[Array, "batch seq"],
-    eligible: Bool[Array, "batch seq"],
     most: int,
 ) -> tuple[Int[Array, "batch most"], Bool[Array, "batch most"]]:
-    """Of tokens in this order, `count` in whole words: their positions, and which of them count."""
-    starts, eligible = (jnp.take_along_axis(x, order, axis=1) for x in (starts, eligible))
-    rank = jnp.arange(order.shape[1])[None]
-    # The word that begins last within the limit may not end within it.
-    after = jnp.pad(~eligible | starts, ((0, 0), (0, 1)), constant_values=True)
-    ends = jnp.take_along_axis(after, count[:, None], axis=1)
-    within = rank < count[:, None]
-    last = jnp.max(jnp.where(within & starts, rank, 0), axis=1, keepdims=True)
-    kept = jnp.where(ends, count[:, None], last)
-    single = starts & ~within & (~_shifted(eligible, -1) | _shifted(starts, -1))
-    filled = single & (jnp.cumsum(single, axis=1) <= count[:, None] - kept)
-    chosen = (rank < kept) | filled
+    """Of the first `length` tokens in this order, `count` in whole words: their positions, and
+    which of them count."""
+    seq = order.shape[1]
+    rank = jnp.arange(seq)[None]
+    starts = jnp.take_along_axis(starts, order, axis=1)
+    # Where a word may end: the one that begins last within the limit may not end within it.
+    ends = jnp.pad(starts | (rank >= length), ((0, 0), (0, 1)), constant_values=True)
+    cuts = jnp.arange(seq + 1)[None]
+    kept = jnp.max(jnp.where(ends & (cuts <= count), cuts, 0), axis=1, keepdims=True)
+    single = starts & (rank >= count) & ends[:, 1:]
+    singles = jnp.cumsum(single, axis=1)
+    filled = jnp.minimum(singles, count - kept)
+    chosen = (rank < kept) | (single & (singles == filled))
     # Chosen ones to the front, in their order; behind them whatever comes first.
-    front = jnp.cumsum(chosen, axis=1) - 1
-    back = chosen.sum(1, keepdims=True) + jnp.cumsum(~chosen, axis=1) - 1
-    place = jnp.where(chosen, front, back)
+    upto = jnp.minimum(rank + 1, kept) + filled
+    total = kept + filled[:, -1:]
+    place = jnp.where(chosen, upto - 1, total + rank - upto)
     rows = jnp.arange(len(order))[:, None]
     positions = jnp.zeros((len(order), most), order.dtype)
     positions = positions.at[rows, place].set(order, mode="drop")
-    return positions, jnp.arange(most)[None] < chosen.sum(1, keepdims=True)
+    return positions, jnp.arange(most)[None] < total
 
 
 def _shifted(x: Array, by: int) -> Array:
@@ -173,10 +179,10 @@ def _shifted(x: Array, by: int) -> Array:
 
 
 def _ordinary(
-    key: PRNGKeyArray, like: Int[Array, "batch some"], special: Sequence[int], vocab_size: int
-) -> Int[Array, "batch some"]:
-    """Uniform over the ids that are not special."""
-    ids = jax.random.randint(key, like.shape, 0, vocab_size - len(set(special)), like.dtype)
+    bits: UInt32[Array, "batch seq"], special: Sequence[int], vocab_size: int
+) -> Int[Array, "batch seq"]:
+    """Of random bits, uniform ids that are not special: to one part in 2**32 / `vocab_size`."""
+    ids = (bits % np.uint32(vocab_size - len(set(special)))).astype(jnp.int32)
     for skipped in sorted(set(special)):
         ids = ids + (ids >= skipped).astype(ids.dtype)
     return ids

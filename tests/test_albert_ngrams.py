@@ -66,8 +66,8 @@ def test_lengths_exactly():
     from albert_task._masking import _parted
 
     tokens = jnp.asarray(sentences(2000, 66))
-    u = jax.random.uniform(jax.random.key(5), tokens.shape)
-    new, starts = _parted(tokens, tokens > 4, None, STARTS, 3, u)
+    bits = jax.random.bits(jax.random.key(5), tokens.shape)
+    new, starts = _parted(tokens, tokens > 4, None, STARTS, 3, bits)
     assert bool((starts == (tokens > 4)).all())
     lengths = []
     for row in np.asarray(new):
