@@ -80,7 +80,9 @@ def mask_tokens(
     hidden = jnp.isin(tokens, jnp.asarray(sorted(special), tokens.dtype))
     own = jnp.ones_like(hidden) if where is None else where
     eligible = own & ~hidden
-    lengths, scores, kinds, noise = jnp.moveaxis(jax.random.bits(key, (*tokens.shape, 4)), 2, 0)
+    # Not of three dimensions, which XLA takes three times as long to compile.
+    bits = jax.random.bits(key, (tokens.shape[0], 4 * seq))
+    lengths, scores, kinds, noise = jnp.split(bits, 4, axis=1)
     new, starts = _parted(tokens, eligible, segments, word_starts, max_ngram, lengths)
 
     # In random order of n-grams; a stable sort leaves each one's tokens together and in order.
