@@ -8,7 +8,7 @@ Hugging Face's checkpoints use.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -32,6 +32,9 @@ from ._layers import (
     rematerialised,
 )
 from ._lookup import looked_up
+
+_Group = Callable[[Array, Sequence[PRNGKeyArray | None]], Array]
+"""Layers one after the other, each with its key of dropout."""
 
 
 class Embeddings(eqx.Module):
@@ -211,8 +214,12 @@ class Albert(eqx.Module):
             mask = rearrange(mask, "batch seq -> batch 1 seq")
         x = self.mapping(self.embeddings(tokens, token_types, positions, key))
         x = constrain(x, DATA_AXES, "context")
+        groups = [self._group(number, mask) for number in range(len(self.groups))]
+        if isinstance(x, jax.core.Tracer):
+            # Traced once for all layers of a group, which halves the time to trace a step of 12.
+            groups = [jax.jit(group) for group in groups]
         for number, run in self._runs():
-            x = self._run(x, mask, number, run, key)
+            x = self._run(x, groups[number], run, key)
         return x
 
     def _runs(self) -> list[tuple[int, list[int]]]:
@@ -229,28 +236,31 @@ class Albert(eqx.Module):
             for group, run in itertools.groupby(numbered, key=lambda pair: pair[1])
         ]
 
+    def _group(self, number: int, mask: Bool[Array, "batch from seq"] | None) -> _Group:
+        """The layers with the weights of the group `number`, one after the other."""
+
+        def group(x: Array, keys: Sequence[PRNGKeyArray | None]) -> Array:
+            for layer, own in zip(self.groups[number], keys, strict=True):
+                x = constrain(layer(x, mask, own), DATA_AXES, "context")
+            return x
+
+        return rematerialised(group, self.config.remat)
+
     def _run(
         self,
         x: Float[Array, "batch seq hidden"],
-        mask: Bool[Array, "batch from seq"] | None,
-        number: int,
+        group: _Group,
         numbers: list[int],
         key: PRNGKeyArray | None,
     ) -> Float[Array, "batch seq hidden"]:
-        """The layers `numbers`, all with the weights of the group `number`."""
-        layers = self.groups[number]
-
-        def group(x: Array, keys: Sequence[PRNGKeyArray | None]) -> Array:
-            for layer, own in zip(layers, keys, strict=True):
-                x = constrain(layer(x, mask, own), DATA_AXES, "context")
-            return x
+        """The layers `numbers`, all of which are this group's."""
 
         def keys(inner: int) -> list[PRNGKeyArray]:
             assert key is not None
             return [named_key(key, f"{number} {inner}") for number in numbers]
 
-        group = rematerialised(group, self.config.remat)
-        drawn = [None if key is None else keys(inner) for inner in range(len(layers))]
+        inner = range(self.config.inner_group_num)
+        drawn = [None if key is None else keys(layer) for layer in inner]
         if len(numbers) == 1:
             return group(x, [None if of is None else of[0] for of in drawn])
         stacked = [None if of is None else jnp.stack(of) for of in drawn]
