@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxlightning import TaskModule
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 from jaxlightning.parallel import Rule, leaf_path
 
 from ._config import AlbertConfig

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from jaxlightning._checkpoint_files import CheckpointError
+from jaxlightning._nearest import nearest
 
-from ._options import PretrainOptions, flag, nearest
+from ._options import PretrainOptions, flag
 
 
 class _Parser(argparse.ArgumentParser):

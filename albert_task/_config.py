@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 PresetName = Literal["tiny", "small", "base", "large", "xlarge", "xxlarge"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 from ._encoded import Encoded, Ragged
 from ._rows import IGNORED

@@ -41,6 +41,7 @@ from ._encoded import BucketLoader, Encoded
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted, write_rows
 from ._model_names import model_folder
+from ._options import devices_of
 from ._rows import check_vocabulary
 from ._stages import as_json, begin_run, check_same_run, read_json, write_json
 from ._tokenizer import load_tokenizer, special_ids, tokenizer_hash
@@ -298,7 +299,7 @@ def _trainer(
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip or None,
         precision=_precision(options),
-        devices=_devices(options),
+        devices=devices_of(options.devices),
         num_sanity_val_steps=0,
         log_every_n_steps=log_every,
         seed=seed,
@@ -321,15 +322,11 @@ def _precision(options: DataOptions) -> Precision:
     return Precision.named(options.precision)._replace(inputs=jnp.float32)
 
 
-def _devices(options: DataOptions) -> str | int:
-    return options.devices if options.devices == "auto" else int(options.devices)
-
-
 def _quiet(options: DataOptions) -> Trainer:
     """A trainer that predicts, and logs nothing."""
     return Trainer(
         precision=_precision(options),
-        devices=_devices(options),
+        devices=devices_of(options.devices),
         callbacks=[TQDMProgressBar()],
         logger=False,
         enable_checkpointing=False,

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 from ._config import _PRESETS
 from ._features import Columns
 from ._kinds import KINDS, Kind, QuestionAnswering
 from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
-from ._options import PRECISIONS, flag, option
+from ._options import PRECISIONS, devices_of, flag, option
 
 _DATA = (
     "a file (.tsv, .csv, .jsonl, .parquet, SQuAD's .json), a folder of a saved dataset, or "
@@ -99,8 +99,7 @@ class DataOptions:
                 f"`--precision {self.precision}` is unknown; it is one of "
                 f"{', '.join(PRECISIONS)}.{nearest(self.precision, PRECISIONS)}"
             )
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
-            raise ValueError(f"`--devices {self.devices}` is neither `auto` nor a number above 0.")
+        devices_of(self.devices)
 
     def kind(self, name: str, longest: int) -> Kind:
         """The kind of that name with these options, for a model of so many positions."""

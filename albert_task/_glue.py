@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from jaxlightning import F1, Accuracy, MatthewsCorrelation, Pearson
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 
 class GlueTask(NamedTuple):

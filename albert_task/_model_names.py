@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 from ._config import _PRESETS, AlbertConfig
 from ._weight_files import FILES
@@ -69,10 +69,13 @@ def config_file(folder: Path) -> Path:
     if path.is_file():
         return path
     if (folder / "run.json").is_file():
-        raise FileNotFoundError(
-            f"The run in `{folder}` has not ended. Go on with it; or, to write the model as it is "
-            f"now: `albert export --model {folder} --out FOLDER`."
-        )
+        now = ""
+        if (folder / "checkpoints").is_dir():  # pretraining: fine-tuning has some for each seed
+            now = (
+                "; or, to write the model as it is now: "
+                f"`albert export --model {folder} --out FOLDER`"
+            )
+        raise FileNotFoundError(f"The run in `{folder}` has not ended. Go on with it{now}.")
     raise FileNotFoundError(
         f"There is no `config.json` in `{folder}`. Give the folder of a run, or of a model: with "
         f"`config.json` and one of {', '.join(f'`{file}`' for file in FILES)}."

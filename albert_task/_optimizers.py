@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 from jaxlightning.parallel import leaf_path
 
 from ._config import AlbertConfig

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from jaxlightning._nearest import nearest
 
 from ._config import _PRESETS, AlbertConfig
 from ._model_names import NamesModel, check_model
@@ -402,10 +403,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """` Did you mean ...?`, or nothing where no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" Did you mean `{near[0]}`?" if near else ""
+def devices_of(text: str) -> str | int:
+    """What `--devices` means to a Trainer. **Raises:** `ValueError` for what means nothing."""
+    if text == "auto":
+        return text
+    if not re.fullmatch(r"[1-9][0-9]*", text):
+        raise ValueError(f"`--devices {text}` is neither `auto` nor a number above 0.")
+    return int(text)
 
 
 def _check_choices(options: PretrainOptions) -> None:
@@ -424,8 +428,7 @@ def _check_choices(options: PretrainOptions) -> None:
                 f"`{flag(name)} {value}` is unknown; it is one of {listed}.{nearest(value, known)}"
             )
     check_model(options.model)
-    if options.devices != "auto" and not re.fullmatch(r"[1-9]\d*", options.devices):
-        raise ValueError(f"`--devices {options.devices}` is neither `auto` nor a number above 0.")
+    devices_of(options.devices)
 
 
 def _check_numbers(options: PretrainOptions) -> None:

@@ -32,7 +32,7 @@ from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask
-from ._options import PretrainOptions
+from ._options import PretrainOptions, devices_of
 from ._pretraining_task import AlbertForPreTraining
 from ._stages import Prepared, begin_run, read_json, write_json
 from ._tasks import AlbertForMaskedLM
@@ -109,7 +109,7 @@ def make_trainer(options: PretrainOptions, folder: Path) -> Trainer:
         accumulate_grad_batches=options.accumulate,
         gradient_clip_val=options.clip or None,
         precision=options.precision,
-        devices=_devices(options),
+        devices=devices_of(options.devices),
         strategy=options.strategy,
         steps_per_dispatch=options.steps_per_dispatch,
         deterministic=options.deterministic,
@@ -120,10 +120,6 @@ def make_trainer(options: PretrainOptions, folder: Path) -> Trainer:
         logger=[TensorBoardLogger(**logs), CSVLogger(**logs)],
         default_root_dir=folder,
     )
-
-
-def _devices(options: PretrainOptions) -> str | int:
-    return options.devices if options.devices == "auto" else int(options.devices)
 
 
 def _callbacks(options: PretrainOptions, folder: Path) -> list[Callback]:
@@ -246,7 +242,7 @@ def _scores(task: AlbertForMaskedLM, prepared: Prepared) -> dict[str, float]:
     options = prepared.options
     quiet = Trainer(
         precision=options.precision,
-        devices=_devices(options),
+        devices=devices_of(options.devices),
         strategy=options.strategy,
         seed=options.seed,
         callbacks=[TQDMProgressBar()],

@@ -9,7 +9,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Int
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 from ._config import AlbertConfig
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 from ._text import _lines
 

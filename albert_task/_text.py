@@ -6,13 +6,14 @@ larger than memory works.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from jaxlightning._nearest import nearest
 
 from ._corpus import Document
 
@@ -248,9 +249,9 @@ def text_column(
         )
     if wanted in columns:
         raise ValueError(f"{where} has no strings in the column `{wanted}`. Found: {listed}.")
-    near = difflib.get_close_matches(wanted, columns, n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
-    raise ValueError(f"{where} has no column `{wanted}`. Found: {listed}.{hint}")
+    raise ValueError(
+        f"{where} has no column `{wanted}`. Found: {listed}.{nearest(wanted, columns)}"
+    )
 
 
 class DatasetText:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlightning._callback import Callback, InsideStep
 from jaxlightning._metrics import Max, Mean
+from jaxlightning._nearest import nearest
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer
@@ -35,11 +35,9 @@ class GradientClipping(Callback):
 
     def __init__(self, val: int | float, algorithm: str = "norm"):
         if algorithm not in _ALGORITHMS:
-            near = difflib.get_close_matches(str(algorithm), _ALGORITHMS, n=1)
-            hint = f" Did you mean `{near[0]!r}`?" if near else ""
             raise ValueError(
                 f'Gradients cannot be clipped by `algorithm={algorithm!r}`: it is "norm" or '
-                f'"value".{hint}'
+                f'"value".{nearest(str(algorithm), _ALGORITHMS)}'
             )
         if not (isinstance(val, int | float) and math.isfinite(val) and val > 0):
             raise ValueError(

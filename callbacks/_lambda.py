@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxlightning._callback import Callback
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 _NOT_HOOKS = {"outermost", "state_key", "state_dict", "load_state_dict", "take_back"}
 _HOOKS = [name for name in vars(Callback) if not name.startswith("_") and name not in _NOT_HOOKS]

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from jaxlightning._callback import Callback
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxlightning._callback import Callback
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer

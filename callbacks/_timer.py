@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxlightning._callback import Callback
-from jaxlightning._checks import nearest
+from jaxlightning._nearest import nearest
 
 if TYPE_CHECKING:
     from jaxlightning._trainer import Trainer

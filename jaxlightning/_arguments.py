@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ._callback import Callback
-from ._checks import nearest
+from ._nearest import nearest
 from ._precision import Precision
 from .parallel import spec_axes, strategy_rules
 

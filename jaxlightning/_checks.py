@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
@@ -13,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from jaxtyping import PyTree
 
+from ._nearest import nearest
 from ._task import TaskModule
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -72,12 +72,6 @@ def _check_signature(task: TaskModule, method: str) -> None:
             f"({', '.join(gets)}, key=key). Write `def {method}(self, {', '.join(gets)}, *, key): "
             "...`; use `key` for dropout, or ignore it."
         ) from None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?`, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
 
 
 def refuses_unknown(what: str, elsewhere: Mapping[str, str]) -> Callable[[_Function], _Function]:

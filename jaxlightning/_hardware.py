@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ._checks import nearest
+from ._nearest import nearest
 
 GB = 1e9
 """As vendors count; devices of `n` GB of memory have `n` GiB where noted."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import jax
 import optax
 from jaxtyping import PyTree
 
+from ._nearest import nearest
 from ._task import TaskModule
 
 
@@ -57,11 +57,9 @@ def _check_fields(params: PyTree, names: set[str]) -> None:
     }
     unknown, uncovered = sorted(names - trained), sorted(trained - names)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], trained, n=1)
         raise ValueError(
             f"`configure_optimizers` has an optimizer for `{unknown[0]}`, which is no field with "
-            f"trainable leaves; those are {sorted(trained)}."
-            + (f" Did you mean `{near[0]}`?" if near else "")
+            f"trainable leaves; those are {sorted(trained)}.{nearest(unknown[0], trained)}"
         )
     if uncovered:
         raise ValueError(

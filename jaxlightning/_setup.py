@@ -13,12 +13,13 @@ import jax
 
 from ._arguments import Arguments
 from ._callback import Bus, Callback, Checkpoint, overrides
-from ._checks import check_monitors, nearest
+from ._checks import check_monitors
 from ._evaluate import abstract_outputs
 from ._explain import announce
 from ._fit import FitRun
 from ._importing import refuse_imported
 from ._init import TaskSource, call_configured
+from ._nearest import nearest
 from ._optim import task_optimizer
 from ._precision import Precision
 from ._say import warn

@@ -389,8 +389,8 @@ def test_a_monitor_that_no_step_produces(callback):
     assert says(error) == (
         "`monitor='val/los'` is a metric that no step of this run produces; there are "
         "`train/accuracy`, `train/accuracy_epoch`, `train/loss`, `train/loss_epoch`, "
-        "`val/accuracy`, `val/loss`. Did you mean `val/loss` or `train/loss`? A callback that logs "
-        "it itself says so in `provides()`."
+        "`val/accuracy`, `val/loss`. Did you mean `val/loss`? A callback that logs it itself says "
+        "so in `provides()`."
     )
 
 

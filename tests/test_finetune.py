@@ -407,7 +407,7 @@ def test_models_that_cannot_do_what_is_asked(pretrained, tuned, data, tmp_path, 
     on = ["--data", str(data / "dev.tsv")]
     for arguments, message in (
         (["fill-mask", "--model", tuned, "--text", "a [MASK]"], "which fills in no masks. Give"),
-        (["fill-mask", "--model", begun, "--text", "a [MASK]"], "has not ended. Go on with it"),
+        (["fill-mask", "--model", begun, "--text", "a [MASK]"], "has not ended. Go on with it."),
         (["evaluate", "--model", pretrained, *on], "Fine-tune it first: `albert finetune"),
         (["evaluate", "--model", tmp_path, *on], "Give the folder of a run, or of a model"),
         (["predict", "--model", tuned, *on, "--out", out], "is no folder that can be written into"),

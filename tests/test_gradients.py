@@ -146,7 +146,7 @@ def test_refuses_nonsense():
         GradientClipping(0)
     with pytest.raises(ValueError, match="positive number"):
         GradientClipping(float("nan"))
-    with pytest.raises(ValueError, match="Did you mean `'norm'`"):
+    with pytest.raises(ValueError, match="Did you mean `norm`"):
         GradientClipping(1.0, "norms")
     with pytest.raises(ValueError, match="`depth=-1` has to be 0 or a positive integer"):
         GradientNormMonitor(depth=-1)

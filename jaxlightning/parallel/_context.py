@@ -10,8 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._nearest import nearest
 from ._mesh import Placement, leaf_path
-from ._rules import AXES, nearest_axis, only_axes, spec_axes
+from ._rules import AXES, only_axes, spec_axes
 
 _T = TypeVar("_T")
 
@@ -94,7 +95,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
         if axis not in AXES:
             raise ValueError(
                 f'`constrain` got the unknown axis "{axis}"; the axes are {AXES}.'
-                f"{nearest_axis(axis)}"
+                f"{nearest(axis, AXES)}"
             )
     if len(axes) > x.ndim:
         raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import PyTree
 
+from .._nearest import nearest
 from ._rules import (
     AXES,
     DATA_AXES,
@@ -19,7 +20,6 @@ from ._rules import (
     check_rule,
     divides,
     fsdp,
-    nearest_axis,
     only_axes,
     spec_axes,
 )
@@ -103,7 +103,7 @@ def _check_axes(axes: Iterable[str]) -> None:
     for axis in axes:
         if axis not in AXES:
             raise ValueError(
-                f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{nearest_axis(axis)}"
+                f"`mesh` has an unknown axis `{axis}`; the axes are {AXES}.{nearest(axis, AXES)}"
             )
 
 

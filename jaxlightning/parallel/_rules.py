@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._nearest import nearest
 
 Spec = PartitionSpec | Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rule = tuple[str, Spec]
@@ -60,11 +61,9 @@ def strategy_rules(strategy: str | Sequence[Rule]) -> tuple[Rule, ...]:
             check_rule(rule, "`strategy`")
         return tuple(strategy)
     if strategy not in STRATEGIES:
-        near = difflib.get_close_matches(strategy, STRATEGIES, n=1)
-        hint = f" Did you mean `{near[0]!r}`?" if near else ""
         raise ValueError(
             f"`strategy={strategy!r}` is unknown; it is one of {sorted(STRATEGIES)}, or a list of "
-            f"`(regex on the leaf's path, PartitionSpec)`.{hint}"
+            f"`(regex on the leaf's path, PartitionSpec)`.{nearest(strategy, STRATEGIES)}"
         )
     return STRATEGIES[strategy]
 
@@ -85,13 +84,8 @@ def check_rule(rule: Any, whose: str) -> None:
         if axis not in AXES:
             raise ValueError(
                 f'{whose} shards `{rule[0]}` over an unknown axis "{axis}"; the axes are {AXES}.'
-                f"{nearest_axis(axis)}"
+                f"{nearest(axis, AXES)}"
             )
-
-
-def nearest_axis(axis: str) -> str:
-    near = difflib.get_close_matches(axis, AXES, n=1)
-    return f" Did you mean `{near[0]}`?" if near else ""
 
 
 def spec_axes(spec: Iterable[Any]) -> list[str]:
