@@ -221,17 +221,9 @@ def token_classification(
 
     **Raises:** `ValueError` with the place of what cannot be.
     """
-    words_in = table.column(columns.text, TOKENS, "lists of words", "--text-column")
+    words_in, words = _words(table, columns)
     tags_in = _label_column(table, columns, "tokens") if labelled else None
     ids = {label: number for number, label in enumerate(labels)}
-    words = [
-        [str(word) for word in _sequence(table.rows[row][words_in], table, words_in, row)]
-        for row in range(len(table))
-    ]
-    for row, one in enumerate(words):
-        if not one or not all(word.strip() for word in one):
-            what = "is empty" if not one else "has an empty word"
-            raise ValueError(f"The `{words_in}` in {table.where(row)} {what}.")
     found = _cutting(tokenizer, max_length).encode_batch(words, is_pretokenized=True)
     places = [[-1 if word is None else word for word in one.word_ids] for one in found]
     ragged = {
@@ -258,6 +250,25 @@ def token_classification(
             )
         ragged["labels"] = Ragged.of(tagged, IGNORED)
     return Encoded(ragged)
+
+
+def words_of(table: Table, columns: Columns = USUAL) -> list[list[str]]:
+    """The words of each example of `AlbertForTokenClassification`."""
+    return _words(table, columns)[1]
+
+
+def _words(table: Table, columns: Columns) -> tuple[str, list[list[str]]]:
+    """The column of words, and what it holds."""
+    name = table.column(columns.text, TOKENS, "lists of words", "--text-column")
+    words = [
+        [str(word) for word in _sequence(table.rows[row][name], table, name, row)]
+        for row in range(len(table))
+    ]
+    for row, one in enumerate(words):
+        if not one or not all(word.strip() for word in one):
+            what = "is empty" if not one else "has an empty word"
+            raise ValueError(f"The `{name}` in {table.where(row)} {what}.")
+    return name, words
 
 
 def multiple_choice(

@@ -25,6 +25,7 @@ from ._features import (
     label_names,
     multiple_choice,
     token_classification,
+    words_of,
 )
 from ._glue import METRICS
 from ._question_answering import AlbertForQuestionAnswering
@@ -177,12 +178,18 @@ class Tokens(Kind):
     def rows(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
-        words = examples.ragged["word_ids"]
+        """A tag for each word; `None` for one that is beyond `max_length`, or of which the
+        tokenizer keeps nothing."""
+        ids = examples.ragged["word_ids"]
         written = []
-        for row, logits in enumerate(found["logits"]):
-            of = words.flat[words.offsets[row] : words.offsets[row + 1]]
+        for row, words in enumerate(words_of(source, self.columns)):
+            of = ids.flat[ids.offsets[row] : ids.offsets[row + 1]]
             firsts = (of >= 0) & (of != np.concatenate([[-1], of[:-1]]))
-            written.append({"tags": [labels[int(i)] for i in logits.argmax(-1)[firsts]]})
+            tags: list[str | None] = [None] * len(words)
+            classes = found["logits"][row].argmax(-1)
+            for word, number in zip(of[firsts], classes[firsts], strict=True):
+                tags[word] = labels[int(number)]
+            written.append({"tags": tags})
         return written
 
 

@@ -6,6 +6,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 from albert_task import BucketLoader, Encoded, train_tokenizer
 from albert_task._encoded import Ragged, bucket_lengths
@@ -17,6 +18,7 @@ from albert_task._features import (
     text_pairs,
     token_classification,
 )
+from albert_task._kinds import KINDS
 from albert_task._tables import Table, read_table
 
 TEXT = "the quick brown fox jumps over a lazy dog while it rains in the old town"
@@ -255,6 +257,27 @@ def test_tags_of_words(tokenizer):
         token_classification(table(tokens=words[:1], tags=[["O", "O"]]), tokenizer, ("O",))
     with pytest.raises(ValueError, match=r"`tokens` in line 2 .* has an empty word"):
         token_classification(table(tokens=[["a", " "]], tags=[["O", "O"]]), tokenizer, ("O",))
+
+
+def test_each_word_is_given_the_tag_of_its_own_first_piece(tokenizer):
+    """Also behind a word of which the tokenizer keeps nothing; one that was cut off has none."""
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.normalizer = normalizers.StripAccents()
+    told = table(tokens=[["fox", "\u0301", "a", "old"], ["a", *["fox"] * 9]])
+    kind, labels = KINDS["tokens"]("tokens", Columns(), 12), ["A", "B"]
+    examples = kind.encode(told, own, labels, labelled=False)
+    ids = examples.ragged["word_ids"]
+    # Words of an even number are A's, others B's; each further piece says the contrary.
+    found = [
+        np.asarray([np.eye(2)[(word + (word == before)) % 2] for before, word in pairs])
+        for a, b in itertools.pairwise(ids.offsets)
+        for pairs in [itertools.pairwise([-1, *ids.flat[a:b]])]
+    ]
+    first, second = (row["tags"] for row in kind.rows({"logits": found}, told, examples, labels))
+    assert first == ["A", None, "A", "B"]
+    assert second[:2] == ["A", "B"]
+    assert len(second) == 10
+    assert second[-1] is None
 
 
 @pytest.mark.parametrize(
