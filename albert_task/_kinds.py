@@ -19,6 +19,7 @@ from ._classification import (
     AlbertForTokenClassification,
 )
 from ._encoded import BucketLoader, Encoded, few_buckets
+from ._entities import entity_scores, say_entities
 from ._features import (
     Columns,
     classification,
@@ -167,13 +168,19 @@ class Tokens(Kind):
     def scores(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
     ) -> dict[str, float]:
+        """Of words, and where labels say them of entities."""
         tags = examples.ragged["labels"]
-        right = []
+        said, true = [], []
         for row, logits in enumerate(found["logits"]):
             truth = tags.flat[tags.offsets[row] : tags.offsets[row + 1]]
             known = truth >= 0
-            right.append((logits.argmax(-1) == truth)[known])
-        return {"accuracy": float(np.concatenate(right).mean())}
+            said.append(logits.argmax(-1)[known])
+            true.append(truth[known])
+        accuracy = float((np.concatenate(said) == np.concatenate(true)).mean())
+        if not say_entities(labels):
+            return {"accuracy": accuracy}
+        named = [[[labels[int(i)] for i in row] for row in rows] for rows in (said, true)]
+        return {"accuracy": accuracy} | entity_scores(*named)
 
     def rows(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]

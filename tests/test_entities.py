@@ -1,0 +1,77 @@
+"""Entities in tags, beside seqeval where it is installed."""
+
+import numpy as np
+import pytest
+
+from albert_task._encoded import Encoded, Ragged
+from albert_task._entities import entities, entity_scores, say_entities
+from albert_task._features import Columns
+from albert_task._kinds import KINDS
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O O", set()),
+        ("B-a I-a O B-b", {("a", 0, 2), ("b", 3, 4)}),
+        ("B-a B-a I-a", {("a", 0, 1), ("a", 1, 3)}),
+        ("I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),
+        ("B-a I-b I-b", {("a", 0, 1), ("b", 1, 3)}),
+        ("S-a B-b I-b E-b I-b", {("a", 0, 1), ("b", 1, 4), ("b", 4, 5)}),
+        ("E-a E-a", {("a", 0, 1), ("a", 1, 2)}),
+        ("B-first-name I-first-name", {("first-name", 0, 2)}),
+    ],
+)
+def test_entities(tags, found):
+    assert entities(tags.split()) == found
+
+
+def test_an_entity_counts_where_kind_and_both_ends_are_right():
+    truth = [["B-a", "I-a", "O", "B-b"], ["B-a", "O"], ["O", "O"]]
+    said = [["B-a", "I-a", "O", "B-a"], ["B-a", "I-a"], ["B-b", "O"]]
+    assert entity_scores(said, truth) == {"f1": 2 / 7, "precision": 1 / 4, "recall": 1 / 3}
+    assert entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0}
+
+
+def test_scores_of_a_model_are_those_of_its_words():
+    kind, labels = KINDS["tokens"]("tokens", Columns(), 8), ["O", "B-a", "I-a"]
+    true = [[-100, 1, -100, 2, 0, -100], [-100, 0, 1, -100]]
+    said = [[2, 1, 0, 2, 1, 1], [1, 0, 1, 0]]
+    examples = Encoded({"input_ids": Ragged.of(true), "labels": Ragged.of(true, -100)})
+    found = {"logits": [np.eye(3)[row] for row in said]}
+    scores = kind.scores(found, None, examples, labels)
+    assert scores == {"accuracy": 4 / 5, "f1": 4 / 5, "precision": 2 / 3, "recall": 1.0}
+    assert kind.scores(found, None, examples, ["O", "A", "B"]) == {"accuracy": 4 / 5}
+
+
+@pytest.mark.parametrize(
+    ("labels", "do"),
+    [
+        ("O B-a I-a", True),
+        ("O S-a E-a", True),
+        ("NOUN VERB", False),
+        ("O B I", False),
+        ("O", False),
+        ("B- O", False),
+    ],
+)
+def test_labels_that_say_entities(labels, do):
+    assert say_entities(labels.split()) == do
+
+
+@pytest.mark.parametrize("tags", ["O B-a I-a B-b I-b", "O B-a I-a E-a S-a B-b I-b E-b S-b"])
+def test_scores_are_those_of_seqeval(tags):
+    metrics = pytest.importorskip("seqeval.metrics", reason="seqeval is not installed")
+    generator = np.random.default_rng(0)
+    draw = [
+        [generator.choice(tags.split(), n).tolist() for n in generator.integers(1, 12, 300)]
+        for generator in (generator, np.random.default_rng(0))
+    ]
+    said, truth = draw[0], draw[1]
+    for one, other in zip(said, truth, strict=True):
+        for place in np.flatnonzero(generator.random(len(one)) < 0.3):
+            one[place] = generator.choice(tags.split())
+        assert len(one) == len(other)
+    for name, ours in entity_scores(said, truth).items():
+        theirs = getattr(metrics, f"{name}_score")(truth, said)
+        assert ours == pytest.approx(theirs, abs=1e-12)
