@@ -1,5 +1,6 @@
 """Strict modes, four virtual devices, and fixtures that several files use."""
 
+import atexit
 import os
 import signal
 import tempfile
@@ -15,6 +16,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 # Many tests train the same small models: what one of them has compiled serves those after it. Of
 # this process only, because jax writes its files in place, and another could read half of one.
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxlightning-compiled-")
+atexit.register(_CACHE.cleanup)
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
