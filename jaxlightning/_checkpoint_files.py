@@ -52,7 +52,7 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_durably(probe, b"written to see whether one can")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have cleared it away as a leftover
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink()

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from checkpoints import on, saved, values
 
-from jaxlightning import _checkpoint_manifest, _checkpoint_read
+from jaxlightning import _checkpoint_files, _checkpoint_manifest, _checkpoint_read
 from jaxlightning._checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -381,6 +381,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
             OSError, match=r"The folder `.*file/run` cannot be written .* save to another one"
         ):
             make(tmp_path / "file" / "run")
+
+
+def test_check_writable_while_another_process_clears_leftovers_away(tmp_path, monkeypatch):
+    def cleared(path, data):
+        path.write_bytes(data)
+        path.unlink()
+
+    monkeypatch.setattr(_checkpoint_files, "write_durably", cleared)
+    check_writable(tmp_path / "a")
+    assert list((tmp_path / "a").iterdir()) == []
 
 
 def test_check_writable_leaves_nothing_but_the_folder(tmp_path):
