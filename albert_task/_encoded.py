@@ -31,6 +31,9 @@ class Ragged(NamedTuple):
     def lengths(self) -> Int[np.ndarray, " sequences"]:
         return np.diff(self.offsets)
 
+    def sequence(self, number: int) -> Int[np.ndarray, " length"]:
+        return self.flat[self.offsets[number] : self.offsets[number + 1]]
+
     def padded(self, rows: Rows, length: int) -> Int[np.ndarray, "rows length"]:
         """The sequences `rows`, of `length` each, cut or filled up."""
         column = np.arange(length)

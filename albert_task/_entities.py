@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-_BEGIN, _GO_ON, _LAST = "BS", "IE", "ES"
+_GO_ON, _LAST = "IE", "ES"
 
 
 def say_entities(labels: Iterable[str]) -> bool:
     """Whether labels say where entities begin and go on: `O`, `B-place`, `I-place`, and in
     schemes that have them `E-` for the last word and `S-` for the only one."""
     named = [label for label in labels if label != "O"]
-    return bool(named) and all(
-        label[:1] in _BEGIN + _GO_ON and label[1:2] == "-" and len(label) > 2 for label in named
-    )
+    return bool(named) and all(re.fullmatch("[BIES]-.+", label) for label in named)
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -221,7 +221,7 @@ def token_classification(
 
     **Raises:** `ValueError` with the place of what cannot be.
     """
-    words_in, words = _words(table, columns)
+    words_in, words = words_of(table, columns)
     tags_in = _label_column(table, columns, "tokens") if labelled else None
     ids = {label: number for number, label in enumerate(labels)}
     found = _cutting(tokenizer, max_length).encode_batch(words, is_pretokenized=True)
@@ -252,13 +252,8 @@ def token_classification(
     return Encoded(ragged)
 
 
-def words_of(table: Table, columns: Columns = USUAL) -> list[list[str]]:
-    """The words of each example of `AlbertForTokenClassification`."""
-    return _words(table, columns)[1]
-
-
-def _words(table: Table, columns: Columns) -> tuple[str, list[list[str]]]:
-    """The column of words, and what it holds."""
+def words_of(table: Table, columns: Columns = USUAL) -> tuple[str, list[list[str]]]:
+    """The column of words of `AlbertForTokenClassification`, and the words of each example."""
     name = table.column(columns.text, TOKENS, "lists of words", "--text-column")
     words = [
         [str(word) for word in _sequence(table.rows[row][name], table, name, row)]

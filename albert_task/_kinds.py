@@ -172,7 +172,7 @@ class Tokens(Kind):
         tags = examples.ragged["labels"]
         said, true = [], []
         for row, logits in enumerate(found["logits"]):
-            truth = tags.flat[tags.offsets[row] : tags.offsets[row + 1]]
+            truth = tags.sequence(row)
             known = truth >= 0
             said.append(logits.argmax(-1)[known])
             true.append(truth[known])
@@ -188,9 +188,10 @@ class Tokens(Kind):
         """A tag for each word; `None` for one that is beyond `max_length`, or of which the
         tokenizer keeps nothing."""
         ids = examples.ragged["word_ids"]
+        _, told = words_of(source, self.columns)
         written = []
-        for row, words in enumerate(words_of(source, self.columns)):
-            of = ids.flat[ids.offsets[row] : ids.offsets[row + 1]]
+        for row, words in enumerate(told):
+            of = ids.sequence(row)
             firsts = (of >= 0) & (of != np.concatenate([[-1], of[:-1]]))
             tags: list[str | None] = [None] * len(words)
             classes = found["logits"][row].argmax(-1)

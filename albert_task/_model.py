@@ -259,8 +259,8 @@ class Albert(eqx.Module):
             assert key is not None
             return [named_key(key, f"{number} {inner}") for number in numbers]
 
-        inner = range(self.config.inner_group_num)
-        drawn = [None if key is None else keys(layer) for layer in inner]
+        several = range(self.config.inner_group_num)
+        drawn = [None if key is None else keys(inner) for inner in several]
         if len(numbers) == 1:
             return group(x, [None if of is None else of[0] for of in drawn])
         stacked = [None if of is None else jnp.stack(of) for of in drawn]

@@ -12,5 +12,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not near:
         return ""
     alike = difflib.SequenceMatcher(None, near[0], name).ratio()
-    near = difflib.get_close_matches(name, near, n=3, cutoff=0.85 * alike)
+    near = difflib.get_close_matches(name, near, n=3, cutoff=0.9 * alike)
     return f" Did you mean {' or '.join(f'`{n}`' for n in near)}?"

@@ -270,8 +270,7 @@ def test_each_word_is_given_the_tag_of_its_own_first_piece(tokenizer):
     # Words of an even number are A's, others B's; each further piece says the contrary.
     found = [
         np.asarray([np.eye(2)[(word + (word == before)) % 2] for before, word in pairs])
-        for a, b in itertools.pairwise(ids.offsets)
-        for pairs in [itertools.pairwise([-1, *ids.flat[a:b]])]
+        for pairs in [itertools.pairwise([-1, *ids.sequence(row)]) for row in range(2)]
     ]
     first, second = (row["tags"] for row in kind.rows({"logits": found}, told, examples, labels))
     assert first == ["A", None, "A", "B"]

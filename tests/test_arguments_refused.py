@@ -99,7 +99,7 @@ WRONG = [
     ({"devices": [0, 4]}, "`devices` has the entry 4, which is neither a device of `jax.devices"),
     ({"devices": [1, 1]}, "`devices=[1, 1]` has the same device twice."),
     ({"strategy": "dpp"}, "`strategy='dpp'` is unknown; it is one of ['auto', 'ddp', 'fsdp', 't"),
-    ({"strategy": "dpp"}, "Did you mean `ddp`"),
+    ({"strategy": "dpp"}, "Did you mean `ddp`?"),
     ({"mesh": {"date": 4}}, "`mesh` has an unknown axis `date`; the axes are ('data', 'fsdp', "),
     ({"mesh": {"date": 4}}, "Did you mean `data`?"),
     ({"mesh": {"data": 3}}, "`mesh={'data': 3}` does not fit 4 devices: the product of the sizes"),

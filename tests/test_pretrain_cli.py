@@ -89,10 +89,10 @@ def test_help_lists_every_option(capsys):
     ("changes", "message"),
     [
         ({"model": "smal"}, r"`--model smal` is no preset, file or folder.*Did you mean `small`\?"),
-        ({"optimizer": "adamv"}, r"`--optimizer adamv` is unknown.*Did you mean `adamw`"),
-        ({"schedule": "cosin"}, r"`--schedule cosin` is unknown.*Did you mean `cosine`"),
+        ({"optimizer": "adamv"}, r"`--optimizer adamv` is unknown.*Did you mean `adamw`\?"),
+        ({"schedule": "cosin"}, r"`--schedule cosin` is unknown.*Did you mean `cosine`\?"),
         ({"precision": "bf16"}, r"`--precision bf16` is unknown; it is one of `32-true`"),
-        ({"strategy": "dpp"}, r"`--strategy dpp` is unknown.*Did you mean `ddp`"),
+        ({"strategy": "dpp"}, r"`--strategy dpp` is unknown.*Did you mean `ddp`\?"),
         ({"devices": "two"}, r"`--devices two` is neither `auto` nor a number above 0"),
         ({"steps": 0}, r"`--steps 0` has to be at least 1"),
         ({"seq_len": 2}, r"`--seq-len 2` has to be at least 3"),
