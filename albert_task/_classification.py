@@ -63,9 +63,7 @@ class AlbertForSequenceClassification(AlbertTask):
 
     @property
     def problem_type(self) -> str:
-        one = len(self.classifier.dense.bias) == 1
-        default = "regression" if one else "single_label_classification"
-        return self.config.problem_type or default
+        return self.config.problem
 
     def logits(
         self, batch: dict[str, Any], key: PRNGKeyArray | None = None

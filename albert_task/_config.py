@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ _SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
+_POSITIVE = ("initializer_range", "layer_norm_eps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,22 +145,22 @@ class AlbertConfig:
                 f"`num_hidden_groups={self.num_hidden_groups}` is more than "
                 f"`num_hidden_layers={self.num_hidden_layers}`: some groups would never be used."
             )
-        for name in (
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-            "classifier_dropout_prob",
-        ):
+        for name in (*_DROPOUTS, *_POSITIVE):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise ValueError(f"`{name}={value!r}` has to be a number.")
+        for name in _DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"`{name}={getattr(self, name)!r}` has to be at least 0 and below 1."
                 )
-        for name in ("initializer_range", "layer_norm_eps"):
+        for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` has to be above 0.")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"`hidden_act={self.hidden_act!r}` is unknown; it is one of "
-                f"{', '.join(map(repr, ACTIVATIONS))}.{nearest(self.hidden_act, ACTIVATIONS)}"
+                f"{', '.join(map(repr, ACTIVATIONS))}.{nearest(str(self.hidden_act), ACTIVATIONS)}"
             )
         for name, known in (("attention", ATTENTIONS), ("remat", REMATS)):
             value = getattr(self, name)
@@ -171,11 +174,18 @@ class AlbertConfig:
                 f"`position_embedding_type={self.position_embedding_type!r}` is not supported: "
                 "every released ALBERT has `'absolute'` positions."
             )
-        if not 0 <= self.pad_token_id < self.vocab_size:
+        pad = self.pad_token_id
+        if not isinstance(pad, int) or not 0 <= pad < self.vocab_size:
             raise ValueError(
-                f"`pad_token_id={self.pad_token_id}` is no id of a vocabulary of "
+                f"`pad_token_id={pad!r}` is no id of a vocabulary of "
                 f"`vocab_size={self.vocab_size}`."
             )
+
+    @property
+    def problem(self) -> str:
+        """The `problem_type` of sequence classification that is in effect."""
+        default = "regression" if len(self.labels) == 1 else "single_label_classification"
+        return self.problem_type or default
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
@@ -214,7 +224,11 @@ class AlbertConfig:
         describe the architecture are left out. Any other unknown key is an error.
         """
         fields = {field.name for field in dataclasses.fields(cls)}
-        known = {name: value for name, value in values.items() if name in fields}
+        known = {
+            name: value
+            for name, value in values.items()
+            if name in fields and not (value is None and name.endswith("_token_id"))
+        }  # null: of a model that uses no such token, and so none that differs from the default
         if "labels" not in known and "model_type" in values:
             known["labels"] = _labels(values)
         model_type = values.get("model_type", "albert")
@@ -269,14 +283,25 @@ class AlbertConfig:
             raise ValueError(f"`{path}`: {error}") from error
 
 
+def unnamed_labels(count: int) -> tuple[str, ...]:
+    """The labels of a Hugging Face model whose classes nobody has named."""
+    return tuple(f"LABEL_{number}" for number in range(count))
+
+
+_CLASSIFIES = r"(Flax|TF)?AlbertFor(Sequence|Token)Classification"
+
+
 def _labels(values: dict[str, Any]) -> tuple[str, ...]:
-    """The labels of a Hugging Face file, in the order of their ids.
+    """The labels of a Hugging Face file, in the order of their ids. Of a classifier it leaves out
+    the two that are its default.
 
     **Raises:** `ValueError` for ids that are not 0, 1, 2, …
     """
     named = values.get("id2label")
     if named is None:
-        return tuple(f"LABEL_{i}" for i in range(values.get("num_labels", 0)))
+        kinds = values.get("architectures") or []
+        default = 2 if any(re.fullmatch(_CLASSIFIES, str(kind)) for kind in kinds) else 0
+        return unnamed_labels(values.get("num_labels", default))
     try:
         by_id = {int(number): str(label) for number, label in named.items()}
     except (AttributeError, ValueError) as error:

@@ -30,7 +30,7 @@ from ._classification import (
     AlbertForSequenceClassification,
     AlbertForTokenClassification,
 )
-from ._config import AlbertConfig
+from ._config import AlbertConfig, unnamed_labels
 from ._model import Albert
 from ._model_names import TOKENIZER_FILES, config_file, model_folder
 from ._names import from_tensors, lacking, to_tensors, unread
@@ -72,8 +72,9 @@ def from_pretrained(
     - `name`: a folder with `config.json` and weights (`_weight_files.FILES`, whole or in parts),
       the folder of a run of `albert pretrain` or `albert finetune`, or a name on the hub.
     - `kind`: the class, `Albert` or one of the tasks; by default the one that `config.json` names.
-      Heads that the weights lack, or have in another shape, begin with random weights, which is
-      said; by default that is an error.
+      Heads that the weights lack, or have in another shape, and a classifier of other labels or
+      of another kind, begin with random weights, which is said; by default that is an error, and
+      `labels` are only names.
     - `key`: of those random weights.
     - `revision`, `cache_dir`: of the hub's model, and where downloads are kept.
     - `options`: as of the task's `init`, and fields of `AlbertConfig` that replace the file's:
@@ -85,12 +86,16 @@ def from_pretrained(
     """
     folder = model_folder(name, revision=revision, cache_dir=cache_dir)
     path = config_file(folder)
-    config = AlbertConfig.from_json(path)
+    saved = AlbertConfig.from_json(path)
     named = kind or _named_kind(path)
     fields = {field.name for field in dataclasses.fields(AlbertConfig)}
     changes = {key: options.pop(key) for key in sorted(fields & set(options))}
-    config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(saved, **changes)
     tensors = read_tensors(folder)
+    foreign = None if kind is None else _classifies_other(path, saved, kind, config)
+    if foreign and any(name.startswith("classifier.") for name in tensors):
+        say(f"The classifier in `{folder}` is {foreign}, and so its weights are not used.")
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
     if named is Albert:
         like = eqx.filter_eval_shape(lambda key: Albert(config, key=key), jax.random.key(0))
         if lacking(tensors, like):
@@ -106,6 +111,34 @@ def from_pretrained(
     return task
 
 
+_CLASSIFIERS = (
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
+    AlbertForMultipleChoice,
+)
+"""The tasks whose heads have the same names, and may have the same shapes."""
+
+
+def _classifies_other(
+    path: Path, saved: AlbertConfig, kind: type[Any], config: AlbertConfig
+) -> str | None:
+    """What a saved classifier is for, where it is not for what is asked; labels that were only
+    numbered may get names."""
+    if not issubclass(kind, _CLASSIFIERS):
+        return None
+    names = [_plain(name) for name in _architectures(path)]
+    of = next((name for name in names if name in MODELS), None)
+    if of is None or not issubclass(kind, MODELS[of]):
+        return f"that of {' or '.join(f'`{name}`' for name in names)}"
+    if issubclass(kind, AlbertForMultipleChoice):
+        return None
+    if issubclass(kind, AlbertForSequenceClassification) and saved.problem != config.problem:
+        return f"for `{saved.problem}`"
+    if saved.labels not in (config.labels, unnamed_labels(len(config.labels))):
+        return f"for the labels {', '.join(f'`{label}`' for label in saved.labels)}"
+    return None
+
+
 def _report(folder: Path, fresh: list[str], left_out: list[str]) -> None:
     if fresh:
         listed = ", ".join(f"`{name}`" for name in fresh)
@@ -115,14 +148,20 @@ def _report(folder: Path, fresh: list[str], left_out: list[str]) -> None:
         say(f"In `{folder}`, but of no use here: {listed}.")
 
 
+def _architectures(path: Path) -> list[Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content.get("architectures") or ["AlbertForMaskedLM"]
+
+
+def _plain(name: Any) -> str:
+    return str(name).removeprefix("Flax").removeprefix("TF")
+
+
 def _named_kind(path: Path) -> Any:
-    names = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [
-        "AlbertForMaskedLM"
-    ]
+    names = _architectures(path)
     for name in names:
-        plain = str(name).removeprefix("Flax").removeprefix("TF")
-        if plain in MODELS:
-            return MODELS[plain]
+        if _plain(name) in MODELS:
+            return MODELS[_plain(name)]
     raise ValueError(
         f"`{path}` is of {', '.join(f'`{name}`' for name in names)}, which is none of the models "
         f"here: {', '.join(f'`{name}`' for name in MODELS)}. To take its ALBERT for one of them: "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +13,7 @@ import numpy as np
 
 from jaxlightning._nearest import nearest
 
+from ._config import unnamed_labels
 from ._encoded import Encoded, Ragged
 from ._rows import IGNORED
 from ._tables import Table
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 FIRST = ("sentence", "text", "sentence1", "premise", "question1", "question", "review")
 SECOND = ("sentence2", "hypothesis", "question2", "pair")
+ASKED = ("sentence", "passage", "context")
+"""What a question is about: QNLI's, BoolQ's."""
 LABEL = ("label", "labels", "class", "score", "target")
 TOKENS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "labels", "pos_tags")
@@ -49,7 +54,7 @@ def label_names(tables: Iterable[Table], columns: Columns, kind: str) -> tuple[s
         name = _label_column(table, columns, kind)
         for row in range(len(table)):
             found |= set(_names_in(table, name, row, kind))
-    numbers = all(name.lstrip("-").isdigit() for name in found)
+    numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in found)
     return tuple(sorted(found, key=int if numbers else None))
 
 
@@ -68,7 +73,7 @@ def _names_in(table: Table, column: str, row: int, kind: str) -> list[str]:
 
 
 def _name(value: Any, table: Table, column: str, row: int) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if not isinstance(value, str | int) or value == "":
         raise ValueError(
             f"The `{column}` in {table.where(row)} is {value!r}, but has to be a label: a name or "
             "a whole number. (Numbers to predict are `--task regression`.)"
@@ -79,19 +84,43 @@ def _name(value: Any, table: Table, column: str, row: int) -> str:
 def _sequence(
     value: Any, table: Table, column: str, row: int, separator: str | None = None
 ) -> list[Any]:
-    """A list, or a string that is one: as JSON, or parted by `separator`, by default blanks and
-    commas."""
+    """A list, or a string that is one: in brackets as JSON or Python write it, else parted by
+    `separator`, by default at blanks."""
     if isinstance(value, str):
-        if value.startswith("["):
-            try:
-                return list(json.loads(value))
-            except ValueError:
-                pass
-        parts = value.split(separator) if separator else value.replace(",", " ").split()
-        return [part.strip() for part in parts if part.strip()]
-    if isinstance(value, Sequence):
+        text = value.strip()
+        if not text.startswith("["):
+            return [part.strip() for part in text.split(separator) if part.strip()]
+        value = _literal(text)
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return list(value)
-    raise ValueError(f"The `{column}` in {table.where(row)} is {value!r}, but has to be a list.")
+    parted = "commas" if separator else "blanks"
+    raise ValueError(
+        f"The `{column}` in {table.where(row)} is {table.rows[row][column]!r}, but has to be a "
+        f'list, such as ["a", "b"], or without brackets a text with {parted} in between.'
+    )
+
+
+def _literal(text: str) -> Any:
+    """What a list in a cell says, as JSON or as Python's `str` has it, which is how pandas writes
+    one. `None` where it is neither."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    # An array's ['a' 'b'] is Python's ['ab'] too: what is not said the same way is not meant.
+    same = str(found).replace(" ", "") == text.replace(" ", "")
+    return found if same else None
+
+
+def _ids(labels: Sequence[str]) -> dict[str, int]:
+    """The number of each label; where labels are but numbered, by the numbers too."""
+    unnamed = tuple(labels) == unnamed_labels(len(labels))
+    numbered = {str(number): number for number in range(len(labels))} if unnamed else {}
+    return {label: number for number, label in enumerate(labels)} | numbered
 
 
 def _class(name: str, ids: Mapping[str, int], table: Table, column: str, row: int) -> int:
@@ -112,16 +141,14 @@ class TextPairs(NamedTuple):
 
 def text_pairs(table: Table, columns: Columns) -> TextPairs:
     """**Raises:** `ValueError` for columns that are not there, and texts that are empty."""
-    first = table.column(columns.text, FIRST, "texts", "--text-column")
-    beside: tuple[str, ...] = SECOND if columns.text is None else ()
-    if columns.pair is None and first == "question" and "sentence" in table.columns:
-        beside = (*beside, "sentence")  # QNLI
-    if (
-        columns.pair is None
-        and columns.text is None
-        and {"question", "sentence"} <= set(table.columns)
-    ):
-        first, beside = "question", ("sentence",)
+    known: tuple[str, ...]
+    beside: tuple[str, ...]
+    asks = columns == (None, None, columns.label) and "question" in table.columns
+    if asks and any(name in table.columns for name in ASKED):
+        known, beside = ("question",), ASKED
+    else:
+        known, beside = FIRST, () if columns.text else SECOND
+    first = table.column(columns.text, known, "texts", "--text-column")
     second = table.optional(columns.pair, beside, "--pair-column")
     return TextPairs(table.strings(first), None if second is None else table.strings(second))
 
@@ -170,7 +197,7 @@ def classification(
     fixed = {}
     if labelled:
         name = _label_column(table, columns, kind)
-        ids = {label: number for number, label in enumerate(labels)}
+        ids = _ids(labels)
         if kind == "regression":
             fixed["labels"] = _numbers(table, name)
         elif kind == "multilabel":
@@ -223,7 +250,7 @@ def token_classification(
     """
     words_in, words = words_of(table, columns)
     tags_in = _label_column(table, columns, "tokens") if labelled else None
-    ids = {label: number for number, label in enumerate(labels)}
+    ids = _ids(labels)
     found = _cutting(tokenizer, max_length).encode_batch(words, is_pretokenized=True)
     places = [[-1 if word is None else word for word in one.word_ids] for one in found]
     ragged = {
@@ -291,8 +318,9 @@ def multiple_choice(
             f"found {', '.join(map(str, sorted(counts)))}."
         )
     (count,) = counts
-    asked = "question" in table.columns and first != "question"
-    questions = table.strings("question") if asked else [""] * len(table)
+    # SWAG's endings go on from the second sentence's beginning.
+    asked = table.optional(None, ("sent2",) if first == "sent1" else ("question",), "")
+    questions = [""] * len(table) if asked in (None, first) else table.strings(asked)
     pairs = TextPairs(
         [text for text in texts for _ in range(count)],
         [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,9 +52,10 @@ class Kind:
     """
 
     task: type[AlbertTask] = AlbertForSequenceClassification
-    problem_type: str | None = None
+    problem_type: str | None = "single_label_classification"
     monitor = "val/accuracy"
     """By which the best epoch is found; more is better."""
+    fewest_labels = 2
     labels_anywhere = False
     """Whether labels may be new in the validation examples, as rare tags are."""
 
@@ -66,8 +69,19 @@ class Kind:
         return read_table(path)
 
     def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
-        """The labels to tell apart."""
-        return label_names(sources, self.columns, self.name)
+        """The labels to tell apart.
+
+        **Raises:** `ValueError` where they are too few for that.
+        """
+        found = label_names(sources, self.columns, self.name)
+        if len(found) < self.fewest_labels:
+            few = f"only the label `{found[0]}`" if found else "no label"
+            raise ValueError(
+                f"`{sources[0].source}` has {few}, but `--task {self.name}` needs "
+                f"{self.fewest_labels} at least. Is it the right column? Name it: "
+                "`--label-column NAME`. (Numbers to predict are `--task regression`.)"
+            )
+        return found
 
     def encode(
         self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True
@@ -81,6 +95,10 @@ class Kind:
             kind=self.name,
             labelled=labelled,
         )
+
+    def fingerprint(self, source: Any, examples: Encoded) -> str:
+        """A hash of all that is learnt from, and judged by."""
+        return examples.fingerprint()
 
     def scores(
         self, found: Predictions, source: Any, examples: Encoded, labels: Sequence[str]
@@ -128,6 +146,7 @@ class Regression(Kind):
 class MultiLabel(Kind):
     problem_type = "multi_label_classification"
     monitor = "val/f1"
+    fewest_labels = 1
     labels_anywhere = True
 
     def scores(
@@ -151,6 +170,8 @@ class MultiLabel(Kind):
 
 class Tokens(Kind):
     task = AlbertForTokenClassification
+    problem_type = None
+    fewest_labels = 1
     labels_anywhere = True
 
     def encode(
@@ -203,6 +224,7 @@ class Tokens(Kind):
 
 class Choice(Kind):
     task = AlbertForMultipleChoice
+    problem_type = None
 
     def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
         return ()
@@ -238,6 +260,7 @@ class QuestionAnswering(Kind):
     """
 
     task = AlbertForQuestionAnswering
+    problem_type = None
 
     def __init__(
         self,
@@ -289,6 +312,11 @@ class QuestionAnswering(Kind):
         self._windows[id(found.examples)] = found
         return found.examples
 
+    def fingerprint(self, source: Any, examples: Encoded) -> str:
+        """Of all answers too: windows hold only the first one, but any counts."""
+        found = hashlib.sha256(repr(source).encode())
+        return f"{examples.fingerprint()}-{found.hexdigest()[:16]}"
+
     def answers(self, found: Predictions, examples: Encoded) -> dict[str, Answer]:
         """The answer to each question, by its id, of examples that `encode` gave."""
         return answers(
@@ -322,7 +350,8 @@ class QuestionAnswering(Kind):
             {
                 "id": name,
                 "answer": answer.text,
-                "no_answer": answer.no_answer,
+                # None of all spans could be an answer: JSON has no infinity.
+                "no_answer": answer.no_answer if math.isfinite(answer.no_answer) else None,
                 "candidates": [one._asdict() for one in answer.candidates],
             }
             for name, answer in said.items()
@@ -342,8 +371,7 @@ KINDS: Mapping[str, type[Kind]] = {
 def kind_of(task: AlbertTask) -> str:
     """The kind that a task is of."""
     for name, kind in KINDS.items():
-        problem = kind.problem_type or "single_label_classification"
-        if type(task) is kind.task and getattr(task, "problem_type", problem) == problem:
+        if type(task) is kind.task and getattr(task, "problem_type", None) == kind.problem_type:
             return name
     names = dict.fromkeys(f"`{kind.task.__name__}`" for kind in KINDS.values())
     raise ValueError(

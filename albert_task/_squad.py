@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -107,16 +107,28 @@ def _squad_file(path: Path) -> list[Question] | None:
             for paragraph in article["paragraphs"]:
                 for one in paragraph["qas"]:
                     given = [] if one.get("is_impossible") else one.get("answers", [])
-                    answers = tuple((a["text"], a["answer_start"]) for a in given)
-                    found.append(
-                        Question(str(one["id"]), one["question"], paragraph["context"], answers)
-                    )
-    except (KeyError, TypeError, AttributeError) as error:
+                    answers = tuple(_answer(a["text"], a["answer_start"]) for a in given)
+                    asked = _text(one["question"]), _text(paragraph["context"])
+                    found.append(Question(str(one["id"]), *asked, answers))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"`{path}` is not laid out as SQuAD's files are: data, paragraphs, qas. After "
             f"{len(found)} questions: {error!r}."
         ) from None
     return found
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} has to be a text")
+    return value
+
+
+def _answer(text: Any, start: Any) -> tuple[str, int]:
+    """**Raises:** `TypeError` where one of both is of another type."""
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise TypeError(f"answer_start {start!r} has to be a whole number")
+    return _text(text), start
 
 
 def _of_table(table: Table, columns: Columns, labelled: bool) -> list[Question]:
@@ -128,7 +140,8 @@ def _of_table(table: Table, columns: Columns, labelled: bool) -> list[Question]:
     if labelled:
         name = table.column(columns.label, ("answers", "answer"), "answers", "--label-column")
         answers = [_answers(table, name, row) for row in range(len(table))]
-    ids = [str(row.get("id", number)) for number, row in enumerate(table.rows)]
+    named = table.optional(None, ("id",), "")
+    ids = [str(row[named] if named else number) for number, row in enumerate(table.rows)]
     return [Question(*parts) for parts in zip(ids, questions, contexts, answers, strict=True)]
 
 
@@ -141,8 +154,8 @@ def _answers(table: Table, column: str, row: int) -> tuple[tuple[str, int], ...]
             texts, starts = value["text"], value["answer_start"]
             if isinstance(texts, str):
                 texts, starts = [texts], [starts]
-            return tuple((str(t), int(s)) for t, s in zip(texts, starts, strict=True))
-        return tuple((str(one["text"]), int(one["answer_start"])) for one in value)
+            return tuple(_answer(*one) for one in zip(texts, starts, strict=True))
+        return tuple(_answer(one["text"], one["answer_start"]) for one in value)
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"The `{column}` in {table.where(row)} is {value!r}, but has to be "
@@ -155,7 +168,12 @@ def _check(one: Question, path: str, labelled: bool) -> None:
         if not getattr(one, name).strip():
             raise ValueError(f"The {name} of question `{one.id}` in `{path}` is empty.")
     for text, start in one.answers if labelled else ():
-        if one.context[start : start + len(text)] != text:
+        if not text.strip():
+            raise ValueError(
+                f"Question `{one.id}` in `{path}` has an answer that is empty. Where the context "
+                "does not say, leave the list of answers empty."
+            )
+        if start < 0 or one.context[start : start + len(text)] != text:
             place = one.context.find(text)
             hint = (
                 "which is not in its context at all"

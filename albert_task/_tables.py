@@ -38,6 +38,7 @@ class Table:
         self.rows = rows
         self.source = source
         self.columns = tuple(rows[0])
+        self._used: set[str] = set()
         self._lines = lines
 
     def __len__(self) -> int:
@@ -48,6 +49,15 @@ class Table:
         if self._lines is None:
             return f"row {row} of `{self.source}`"
         return f"line {self._lines[row]} of `{self.source}`"
+
+    def usage(self) -> str:
+        """Which columns have been asked for by now, and which have not, in a sentence."""
+
+        def listed(used: bool) -> str:
+            return ", ".join(f"`{n}`" for n in self.columns if (n in self._used) is used)
+
+        ignored = listed(False)
+        return f"Of `{self.source}`: {listed(True)}" + (f"; not used: {ignored}." * bool(ignored))
 
     def column(self, wanted: str | None, known: Iterable[str], what: str, option: str) -> str:
         """The name of a column: `wanted`, else the first of `known` that is there.
@@ -74,14 +84,19 @@ class Table:
                     f"`{self.source}` has no column `{wanted}`, which `{option}` names. Found: "
                     f"{listed}.{nearest(wanted, self.columns)}"
                 )
-            return wanted
-        return next((name for name in known if name in self.columns), None)
+            found: str | None = wanted
+        else:
+            found = next((name for name in known if name in self.columns), None)
+        if found is not None:
+            self._used.add(found)
+        return found
 
     def strings(self, column: str) -> list[str]:
         """A column of text.
 
         **Raises:** `ValueError` with the place of one that is empty, or no string.
         """
+        self._used.add(column)
         found = []
         for number, row in enumerate(self.rows):
             text = row[column]

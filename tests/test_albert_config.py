@@ -129,6 +129,9 @@ def test_a_file_of_hugging_face(tmp_path):
     [
         ({"id2label": {"1": "good", "0": "bad"}}, ("bad", "good")),
         ({"num_labels": 3}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        ({"architectures": ["AlbertForSequenceClassification"]}, ("LABEL_0", "LABEL_1")),
+        ({"architectures": ["TFAlbertForTokenClassification"]}, ("LABEL_0", "LABEL_1")),
+        ({"architectures": ["AlbertForMaskedLM"], "pad_token_id": None}, ()),
         ({}, ()),
     ],
 )

@@ -1,5 +1,6 @@
 """Weights to and from Hugging Face's names, held against what their model was recorded to do."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,8 @@ from albert_task import (
     Albert,
     AlbertConfig,
     AlbertForMaskedLM,
+    AlbertForSequenceClassification,
+    AlbertForTokenClassification,
     from_pretrained,
     from_tensors,
     save_pretrained,
@@ -217,6 +220,45 @@ def test_folders_without_a_model(task, tmp_path):
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"no weights in .*none of `model.safetensors`, "):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        (AlbertForSequenceClassification, {}, None),
+        (AlbertForSequenceClassification, {"hidden_dropout_prob": 0.1}, None),
+        (AlbertForSequenceClassification, {"labels": ("cat", "dog")}, "for the labels `no`, `yes`"),
+        (AlbertForSequenceClassification, {"labels": ("yes", "no")}, "for the labels `no`, `yes`"),
+        (
+            AlbertForSequenceClassification,
+            {"problem_type": "multi_label_classification"},
+            "for `single_label_classification`",
+        ),
+        (AlbertForTokenClassification, {}, "that of `AlbertForSequenceClassification`"),
+        (None, {"labels": ("cat", "dog")}, None),
+    ],
+)
+def test_a_classifier_is_for_its_labels(tmp_path, capsys, kind, changes, said):
+    """Another one begins anew, of equal shape or not. Without a class, labels are names."""
+    config = dataclasses.replace(TINY, labels=("no", "yes"))
+    one = AlbertForSequenceClassification.init(config, jax.random.key(0))
+    save_pretrained(one, tmp_path)
+    again = from_pretrained(tmp_path, kind, key=jax.random.key(1), **changes)
+    same = np.array_equal(again.classifier.dense.weight, one.classifier.dense.weight)
+    printed = capsys.readouterr().err
+    assert same == (said is None)
+    assert (said is None and "classifier" not in printed) or f"is {said}, and so its" in printed
+    np.testing.assert_array_equal(again.albert.embeddings.words, one.albert.embeddings.words)
+
+
+def test_numbered_labels_can_be_given_names(tmp_path):
+    """`textattack/albert-base-v2-SST-2` is such a model."""
+    one = AlbertForSequenceClassification.init(TINY, jax.random.key(0))
+    save_pretrained(one, tmp_path)
+    assert from_pretrained(tmp_path).config.labels == ("LABEL_0", "LABEL_1")
+    again = AlbertForSequenceClassification.from_pretrained(tmp_path, labels=("no", "yes"))
+    assert again.config.labels == ("no", "yes")
+    np.testing.assert_array_equal(again.classifier.dense.weight, one.classifier.dense.weight)
 
 
 def test_options_of_a_loaded_task_are_checked(task, tmp_path):

@@ -17,6 +17,7 @@ from albert_task._features import (
     multiple_choice,
     text_pairs,
     token_classification,
+    words_of,
 )
 from albert_task._kinds import KINDS
 from albert_task._tables import Table, read_table
@@ -190,6 +191,66 @@ def test_labels_are_found_and_sorted():
     assert label_names([tags], Columns(), "tokens") == ("0", "3")
 
 
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        (['a "b', "c"], ['a "b', "c"]),
+        ('["a", "b c"]', ["a", "b c"]),
+        ("['a', \"it's\", 'b c']", ["a", "it's", "b c"]),  # as pandas' to_csv writes a list
+        ("[0, 3]", ["0", "3"]),
+        ("In 3,000 years , no", ["In", "3,000", "years", ",", "no"]),
+    ],
+)
+def test_lists_in_cells(cell, words):
+    assert words_of(table(words=[cell]))[1] == [words]
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b']", "[0 3]", "['a', 'b", "['a' 'b'\n 'c']", 7, "[{}]"])
+@pytest.mark.parametrize("kind", ["tokens", "multilabel"])
+def test_lists_in_cells_that_cannot_be(cell, kind):
+    """Such as pandas writes arrays, which look like lists."""
+    one = table(text=["x"], labels=[cell])
+    with pytest.raises(ValueError, match=r"`labels` in line 2 of `made.csv` .* has to be a l"):
+        label_names([one], Columns(label="labels"), kind)
+
+
+def test_labels_that_look_like_numbers():
+    found = table(text=["x"] * 3, label=["--1", "-", "²"])
+    assert label_names([found], Columns(), "classification") == ("-", "--1", "²")
+    true = table(text=["x"] * 2, answer=[True, False])
+    assert label_names([true], Columns(label="answer"), "classification") == ("False", "True")
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "few"),
+    [
+        ("classification", ["good", "good"], "only the label `good`, but .* 2 at least"),
+        ("multilabel", ["", ""], "no label, but .* 1 at least"),
+    ],
+)
+def test_too_few_labels(kind, labels, few):
+    one = table(text=["x", "y"], label=labels)
+    with pytest.raises(ValueError, match=rf"`made.csv` has {few}\. Is it the right column\?"):
+        KINDS[kind](kind, Columns(), 64).labels([one])
+
+
+def test_labels_that_only_have_numbers(tokenizer):
+    """As models of transformers whose classes nobody has named."""
+    one = table(text=["x", "y", "z"], label=["1", 0, "LABEL_1"])
+    examples = classification(one, tokenizer, ("LABEL_0", "LABEL_1"))
+    assert examples.fixed["labels"].tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="`2`, which is no label of the model"):
+        classification(table(text=["x"], label=[2]), tokenizer, ("LABEL_0", "LABEL_1"))
+
+
+def test_which_columns_are_read():
+    one = table(question=["a"], passage=["b"], title=["c"], label=["d"])
+    assert text_pairs(one, Columns()) == (["a"], ["b"])
+    label_names([one], Columns(), "classification")
+    expected = "Of `made.csv`: `question`, `passage`, `label`; not used: `title`."
+    assert one.usage() == expected
+
+
 def test_classes_of_texts_and_pairs(tokenizer):
     one = table(sentence1=["the fox", TEXT], sentence2=["a dog", "it rains"], label=["y", "n"])
     examples = classification(one, tokenizer, ("n", "y"), max_length=24)
@@ -285,6 +346,8 @@ def test_each_word_is_given_the_tag_of_its_own_first_piece(tokenizer):
         {"context": ["it rains"], "choices": [["the dog", "a fox", "over"]], "label": [2]},
         {"sent1": ["it rains"], "ending0": ["the dog"], "ending1": ["a fox"], "ending2": ["over"],
          "label": ["2"]},
+        {"sent1": ["it rains"], "sent2": ["the"], "ending0": ["dog"], "ending1": ["a fox"],
+         "ending2": ["over"], "label": [2]},
         {"article": ["it rains"], "question": ["the"], "options": [["dog", "a fox", "over"]],
          "answer": ["C"]},
     ],
@@ -294,7 +357,7 @@ def test_choices(tokenizer, columns):
     batch = examples.batch(np.arange(1), 32)
     assert batch["input_ids"].shape == (1, 3, 32)
     assert batch["labels"].tolist() == [2]
-    last = "the over" if "question" in columns else "over"
+    last = "the over" if {"question", "sent2"} & set(columns) else "over"
     ids = tokenizer.encode("it rains", last).ids
     assert batch["input_ids"][0, 2, : len(ids)].tolist() == ids
 

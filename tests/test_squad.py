@@ -269,3 +269,41 @@ def test_what_has_no_labels_says_nothing_of_answers(tokenizer, tmp_path):
     (tmp_path / "squad.json").write_text(json.dumps(squad(qas)))
     kind.read(str(tmp_path / "squad.json"))
     assert not any(row["answer"] for row in kind.rows(found, [], examples, ()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "After 0 questions: .*None has to be a text"),
+        ({"answers": [{"text": "a", "answer_start": "1"}]}, "answer_start '1' has to be a whole"),
+        ({"answers": [{"text": "a", "answer_start": 0.5}]}, "answer_start 0.5 has to be a whole"),
+        ({"answers": [{"text": "c", "answer_start": -1}]}, "begins at character -1"),
+        ({"answers": [{"text": "", "answer_start": 0}]}, "`1` in .* has an answer that is empty"),
+        ({"answers": [{"text": 1, "answer_start": 0}]}, "1 has to be a text"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_questions_of_another_type(tmp_path, change, message, suffix):
+    one = {"id": "1", "question": "what", "answers": [{"text": "a", "answer_start": 0}]} | change
+    paragraph = {"context": "a b c", "qas": [one]}
+    content = {"data": [{"paragraphs": [paragraph]}]} if suffix == "json" else one
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(json.dumps(content if suffix == "json" else one | {"context": "a b c"}))
+    if suffix == "jsonl" and "begins" not in message and "empty" not in message:
+        message = "`question` in line 1 .* is empty|`answers` in line 1 of .* but has to be"
+    with pytest.raises(ValueError, match=message):
+        read_questions(path)
+
+
+def test_no_span_at_all_is_no_number_in_json(tokenizer):
+    kind = QuestionAnswering("qa", USUAL, 64, may_be_none=True)
+    asked = [question("Rhine")]
+    examples = kind.encode(asked, tokenizer, ())
+    logits = [np.zeros(length) for length in examples.lengths]
+    for line in logits:
+        line[0] = 9.0
+    found = {"start_logits": logits, "end_logits": logits}
+    kind.n_best = 1
+    (row,) = kind.rows(found, asked, examples, ())
+    assert (row["answer"], row["no_answer"]) == ("", None)
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
