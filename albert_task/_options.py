@@ -64,7 +64,12 @@ class PretrainOptions(NamesModel):
     text_column: str | None = option(
         None, "the column that holds the text", group="data", metavar="NAME"
     )
-    split: str = option("train", "which split of a dataset", group="data", metavar="NAME")
+    split: str | None = option(
+        None,
+        "which split of a dataset that has several (default: train)",
+        group="data",
+        metavar="NAME",
+    )
     tokenizer: str | None = option(
         None,
         "a spiece.model or tokenizer.json; without it that of a --model with weights, or else one "
@@ -330,6 +335,7 @@ class PretrainOptions(NamesModel):
             raise ValueError("`--text` and `--dataset` are two sources of text. Give one of them.")
         for name, needs in (
             ("dataset_config", self.dataset),
+            ("split", self.dataset),
             ("text_column", self.dataset or self.text),
         ):
             if getattr(self, name) is not None and not needs:

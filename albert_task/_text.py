@@ -339,7 +339,7 @@ def open_dataset(
     *,
     configuration: str | None = None,
     column: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     streaming: bool = False,
 ) -> TextSource:
     """Text from the `datasets` library's world.
@@ -350,15 +350,18 @@ def open_dataset(
       arrow (`TextFiles`); or a name on the hub, `owner/name`.
     - `configuration`: of a dataset on the hub that has several.
     - `column`: where the text is; by default `text`, or the only column of strings.
-    - `split`: of a dataset that has several.
+    - `split`: of a dataset that has several; by default `train`.
     - `streaming`: whether to read a dataset on the hub as it comes, without a download of all.
 
-    **Raises:** `ValueError` for a column or split that is not there, with those found;
+    **Raises:** `ValueError` for a column, split or configuration that is not there;
     `FileNotFoundError` where the hub has no such dataset or cannot be reached.
     """
     path = Path(name)
     saved = [path / file for file in ("dataset_info.json", "dataset_dict.json", "state.json")]
+    if path.exists() and configuration is not None:
+        raise ValueError(f"`{path}` is on this machine, and has no configurations to choose from.")
     if path.exists() and not any(file.is_file() for file in saved):
+        _without_splits(path, split)
         return TextFiles(path, column)
     import datasets
 
@@ -373,9 +376,17 @@ def open_dataset(
                 f"{type(error).__name__}: {error}"
             ) from error
     if isinstance(dataset, dict):
-        if split not in dataset:
+        wanted = split or "train"
+        if wanted not in dataset:
             listed = ", ".join(f"`{found}`" for found in dataset)
-            raise ValueError(f"The dataset `{name}` has no split `{split}`. Found: {listed}.")
-        dataset = dataset[split]
+            raise ValueError(f"The dataset `{name}` has no split `{wanted}`. Found: {listed}.")
+        dataset = dataset[wanted]
+    else:
+        _without_splits(name, split)
     of = StreamedText if isinstance(dataset, datasets.IterableDataset) else DatasetText
     return of(dataset, column, name=f"The dataset `{name}`")
+
+
+def _without_splits(name: str | Path, split: str | None) -> None:
+    if split is not None:
+        raise ValueError(f"`{name}` has no splits, of which `{split}` could be one. Name none.")

@@ -226,6 +226,10 @@ def test_a_saved_dataset_is_read_by_column_and_split(tmp_path):
 def test_a_folder_of_files_is_no_saved_dataset(tmp_path):
     write_parquet(tmp_path / "a.parquet")
     assert texts(open_dataset(tmp_path)) == TEXTS
+    with pytest.raises(ValueError, match=r"has no splits, of which `test` could be one\. Name no"):
+        open_dataset(tmp_path, split="test")
+    with pytest.raises(ValueError, match=r"has no configurations to choose from"):
+        open_dataset(tmp_path, configuration="en")
 
 
 def test_a_dataset_without_rows_is_refused():
