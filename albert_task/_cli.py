@@ -112,9 +112,11 @@ def _run_of_commands(name: str) -> Callable[[Any], int]:
 
 
 def _of_the_run(chosen: dict[str, Any]) -> dict[str, Any]:
-    from ._finetune_options import EvaluateOptions, encoding_of_run
+    from ._finetune_options import ENCODING, EvaluateOptions, FinetuneOptions, config_of_run
 
-    return encoding_of_run(chosen.get("model", EvaluateOptions.model))
+    path = config_of_run(chosen.get("model", EvaluateOptions.model))
+    kept = {} if path is None or not path.is_file() else _read(path, FinetuneOptions)
+    return {name: value for name, value in kept.items() if name in ENCODING}
 
 
 def _evaluate(options: Any) -> int:
@@ -133,7 +135,8 @@ def _pretrain(options: PretrainOptions) -> int:
     with contextlib.ExitStack() as held:
         try:
             from ._pretrain import make_trainer, pretrain
-            from ._stages import locked, prepare, run_folder
+            from ._run_folder import locked, run_folder
+            from ._stages import prepare
 
             folder = run_folder(options.out)
             held.enter_context(locked(folder))
@@ -152,7 +155,7 @@ def _pretrain(options: PretrainOptions) -> int:
 
 def _finetune(options: Any) -> int:
     from ._finetune import finetune, prepare_finetuning
-    from ._stages import locked, run_folder
+    from ._run_folder import locked, run_folder
 
     folder = run_folder(options.out)
     with locked(folder):
@@ -324,7 +327,7 @@ def _read(path: Path, kind: type[Any]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise ValueError(f"There is no file `{path}`, which `--config` names.") from None
+        raise ValueError(f"There is no file of options `{path}`.") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"`{path}` is no YAML file: {error}") from None
     if not isinstance(content, dict):

@@ -18,8 +18,8 @@ from ._options import PRECISIONS, option
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._rows import check_vocabulary
+from ._run_folder import read_json, run_folder
 from ._squad import Question
-from ._stages import read_json, run_folder
 from ._tasks import AlbertForMaskedLM
 
 if TYPE_CHECKING:

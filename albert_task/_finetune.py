@@ -11,6 +11,7 @@ FOLDER/seed_N/              logs, and checkpoints until `result.json` is there
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import statistics
@@ -43,7 +44,8 @@ from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted,
 from ._model_names import model_folder
 from ._options import devices_of
 from ._rows import check_vocabulary
-from ._stages import as_json, begin_run, check_same_run, read_json, write_json
+from ._run_folder import as_json, begin_run, check_same_run, read_json, write_json
+from ._tables import Table
 from ._tokenizer import load_tokenizer, special_ids, tokenizer_hash
 
 if TYPE_CHECKING:
@@ -104,21 +106,27 @@ def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
     if validation is not None:
         held_out = Examples(validation, kind.encode(validation, tokenizer, labels))
     examples = Examples(train, encoded)
-    identity = _identity(options, config, tokenizer, examples, held_out)
+    identity = _identity(options, config, tokenizer) | {
+        name: one and kind.fingerprint(one.source, one.encoded)
+        for name, one in (("train", examples), ("validation", held_out))
+    }
     check_same_run(folder, identity)
+    _say_columns(train)
     return Setting(options, folder, kind, tokenizer, config, examples, held_out, identity)
 
 
-_FREE = ("train", "validation", "tokenizer", "out", "devices", "seeds")
+def _say_columns(source: Any) -> None:
+    """What has been read of a table, which nobody named: a wrong guess is to be seen."""
+    if isinstance(source, Table):
+        say(source.usage())
+
+
+_FREE = ("train", "validation", "tokenizer", "model", "out", "devices", "seeds")
 """Options that may change when a run goes on. What the files hold counts, not where they lie."""
 
 
 def _identity(
-    options: FinetuneOptions,
-    config: AlbertConfig,
-    tokenizer: Tokenizer,
-    train: Examples,
-    validation: Examples | None,
+    options: FinetuneOptions, config: AlbertConfig, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     kept = {k: v for k, v in dataclasses.asdict(options).items() if k not in _FREE}
     return as_json(
@@ -127,8 +135,8 @@ def _identity(
             **kept,
             "lr": peak(options, config),
             "tokenizer": tokenizer_hash(tokenizer),
-            "train": train.encoded.fingerprint(),
-            "validation": validation and validation.encoded.fingerprint(),
+            "model": options.fingerprint,
+            "labels": config.labels,
         }
     )
 
@@ -183,8 +191,11 @@ def finetune(setting: Setting) -> int:
     options, folder = setting.options, setting.folder
     begin_run(folder, setting.identity)
     results: list[dict[str, Any]] = []
-    for seed in range(options.seed, options.seed + options.seeds):
+    for seed in itertools.count(options.seed):
+        if len(results) >= options.seeds and _finished(folder, seed) is None:
+            break  # those that an earlier start has finished count, even if fewer are asked for now
         results.append(_one_seed(setting, seed, results))
+    best = max(results, key=lambda result: _value(setting, result))  # the first of equal ones
     model = folder / "model"
     if setting.validation is not None:
         task = from_pretrained(model)
@@ -192,7 +203,8 @@ def finetune(setting: Setting) -> int:
         rows = setting.kind.rows(found, *_of(setting.validation), setting.config.labels)
         write_rows(folder / "predictions.jsonl", rows)
     summary = summarised(results)
-    write_json(folder / "result.json", {"summary": summary, "seeds": results})
+    content = {"summary": summary, "best_seed": best["seed"], "seeds": results}
+    write_json(folder / "result.json", content)
     print(report(summary, results, model))
     return 0
 
@@ -210,11 +222,20 @@ def _value(setting: Setting, result: dict[str, Any]) -> float:
     return scores.get("f1" if setting.options.task == "qa" else name, next(iter(scores.values())))
 
 
+def _folder_of(run: Path, seed: int) -> Path:
+    return run / f"seed_{seed}"
+
+
+def _finished(run: Path, seed: int) -> dict[str, Any] | None:
+    """What came of a seed, if it is done."""
+    return read_json(_folder_of(run, seed) / "result.json")
+
+
 def _one_seed(setting: Setting, seed: int, others: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What came of a seed. Its model is kept if it is better than those of `others`."""
     options = setting.options
-    folder = setting.folder / f"seed_{seed}"
-    done = read_json(folder / "result.json")
+    folder = _folder_of(setting.folder, seed)
+    done = _finished(setting.folder, seed)
     if done is not None:
         say(f"Seed {seed} is done: {done['steps']:,} steps.")
         return done
@@ -354,12 +375,18 @@ def report(
     summary: dict[str, dict[str, float]], results: Sequence[dict[str, Any]], model: Path
 ) -> str:
     """What came of it, for people."""
-    lines = [""]
-    for name, one in summary.items():
-        spread = f" ± {one['spread']:.4f} over {len(results)} seeds" if len(results) > 1 else ""
-        lines.append(f"{name:<24}{one['mean']:.4f}{spread}")
-    lines.append(f"{'model':<24}{model}")
-    return "\n".join(lines)
+    spread = lambda one: f" ± {one['spread']:.4f} over {len(results)} seeds"
+    scores = {
+        name: f"{one['mean']:.4f}" + (spread(one) if len(results) > 1 else "")
+        for name, one in summary.items()
+    }
+    return "\n" + _listed(scores | {"model": str(model)})
+
+
+def _listed(values: dict[str, str]) -> str:
+    """A line each, the values below one another."""
+    width = max(24, *(len(name) + 2 for name in values))
+    return "\n".join(f"{name:<{width}}{value}" for name, value in values.items())
 
 
 # What one does with a model that was fine-tuned
@@ -378,9 +405,10 @@ def evaluate(options: EvaluateOptions) -> int:
     assert options.data is not None
     source = kind.read(options.data)
     examples = kind.encode(source, tokenizer, task.config.labels)
+    _say_columns(source)
     found = predicted(_quiet(options), task, examples, options.batch_size)
-    for name, value in kind.scores(found, source, examples, task.config.labels).items():
-        print(f"{name:<24}{value:.4f}")
+    scores = kind.scores(found, source, examples, task.config.labels)
+    print(_listed({name: f"{value:.4f}" for name, value in scores.items()}))
     return 0
 
 
@@ -394,6 +422,7 @@ def predict(options: PredictOptions) -> int:
     assert options.data is not None
     source = kind.read(options.data, labelled=False)
     examples = kind.encode(source, tokenizer, task.config.labels, labelled=False)
+    _say_columns(source)
     found = predicted(_quiet(options), task, examples, options.batch_size)
     rows = kind.rows(found, source, examples, task.config.labels)
     if options.out is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
 
 from jaxlightning._nearest import nearest
 
@@ -15,6 +14,7 @@ from ._kinds import KINDS, Kind, QuestionAnswering
 from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
 from ._options import PRECISIONS, devices_of, flag, option
+from ._run_folder import read_json
 
 _DATA = (
     "a file (.tsv, .csv, .jsonl, .parquet, SQuAD's .json), a folder of a saved dataset, or "
@@ -126,19 +126,18 @@ class DataOptions:
         return KINDS[name](name, columns, length)
 
 
-def encoding_of_run(model: str) -> dict[str, Any]:
-    """How the run of `albert finetune` that a model is of cut its examples, so that the model is
-    scored as it was there. Nothing where it is of none."""
-    import yaml
+def config_of_run(model: str) -> Path | None:
+    """The options of the run of `albert finetune` that a model is of, if it is of one: `model` is
+    the run's folder, or `model` in it."""
+    path = Path(model).resolve()
+    for folder in (path, path.parent) if path.name == "model" else (path,):
+        run = read_json(folder / "run.json")
+        if run is not None and run.get("command") == "finetune":
+            return folder / "config.yaml"
+    return None
 
-    path = Path(model) / "config.yaml"
-    if not path.is_file():
-        return {}
-    kept = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {name: kept[name] for name in _ENCODING if name in kept}
 
-
-_ENCODING = (
+ENCODING = (
     "max_length",
     "doc_stride",
     "max_query_length",
@@ -147,6 +146,7 @@ _ENCODING = (
     "threshold",
     "may_be_none",
 )
+"""Options by which a model is used as it was trained: by default as in its run."""
 
 _LEAST = {
     "max_length": 8,

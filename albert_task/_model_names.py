@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from jaxlightning._nearest import nearest
 
 from ._config import _PRESETS, AlbertConfig
-from ._weight_files import FILES
+from ._weight_files import FILES, read_tensors
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
 
@@ -31,6 +32,17 @@ class NamesModel:
     def folder(self) -> Path:
         """`model_folder` of a model that has weights. The hub is asked once."""
         return model_folder(self.model)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The name of a preset; of any other model a hash of what its files hold."""
+        if self.model in _PRESETS:
+            return self.model
+        found = hashlib.sha256(repr(self.configured()).encode())
+        tensors = {} if self.random else read_tensors(self.folder)
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
+        return f"{'configuration' if self.random else 'weights'} {found.hexdigest()[:16]}"
 
     def configured(self, **changes: Any) -> AlbertConfig:
         """The model's configuration, with some fields changed.

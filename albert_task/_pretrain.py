@@ -34,7 +34,8 @@ from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask
 from ._options import PretrainOptions, devices_of
 from ._pretraining_task import AlbertForPreTraining
-from ._stages import Prepared, begin_run, read_json, write_json
+from ._run_folder import begin_run, read_json, write_json
+from ._stages import Prepared
 from ._tasks import AlbertForMaskedLM
 from ._tokenizer import WordStarts
 
@@ -60,7 +61,6 @@ def pretrain(prepared: Prepared, trainer: Trainer) -> int:
     result = finished(folder, options)
     if result is None:
         result = _trained(prepared, trainer)
-        write_json(folder / "result.json", result)
     else:
         on = f"`--model {folder} --out FOLDER`" if options.timed else "raise `--steps`"
         print(
@@ -196,7 +196,7 @@ def _smoothed(counts: Int[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
 
 
 def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
-    """Trains, and gathers what there is to say about it."""
+    """Trains, and writes down what there is to say about it."""
     data, options = prepared.data, prepared.options
     baseline = data.baseline()
     frequencies = _smoothed(data.counts())
@@ -215,7 +215,7 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     model = prepared.folder / "model"
     save_pretrained(task, model, prepared.tokenizer)
     steps = trainer.global_step
-    return {
+    result = {
         "model": str(model),
         "steps": steps,
         "epochs": trainer.current_epoch,
@@ -233,8 +233,12 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         **_speed(trainer),
         "logs": trainer.log_dir,
         "checkpoint": path,
-        "filled": [_filled(task, prepared, sentence) for sentence in SENTENCES],
+        "filled": [],
     }
+    write_json(prepared.folder / "result.json", result)  # which no demonstration may prevent
+    result["filled"] = [_filled(task, prepared, one) for one in SENTENCES if _fits(one, prepared)]
+    write_json(prepared.folder / "result.json", result)
+    return result
 
 
 def _scores(task: AlbertForMaskedLM, prepared: Prepared) -> dict[str, float]:
@@ -281,6 +285,11 @@ def _speed(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _fits(sentence: str, prepared: Prepared) -> bool:
+    length = len(prepared.tokenizer.encode(sentence).ids)
+    return length <= prepared.config.max_position_embeddings
+
+
 def _filled(task: AlbertForMaskedLM, prepared: Prepared, sentence: str) -> dict[str, Any]:
     found = fill_mask(task, prepared.tokenizer, sentence, top_k=3)
     return {"text": sentence, "filled": found.text, "guesses": found.guesses}
@@ -319,7 +328,7 @@ def report(result: dict[str, Any]) -> str:
         "for fine-tuning": result["model"],
     }
     lines += [f"{name:<17}{value}" for name, value in facts.items() if value]
-    lines += ["", "What the model fills in:"]
+    lines += ["", "What the model fills in:"] if result["filled"] else []
     for one in result["filled"]:
         lines.append(f"  {one['text']}")
         for guesses in one["guesses"]:

@@ -1,9 +1,8 @@
 """What comes before training: the text, its tokenizer, its tokens; each made once and kept.
 
 FOLDER/corpus.jsonl      the embedded corpus, where no other text is given
-FOLDER/tokenizer.json    the tokenizer, where none is given
+FOLDER/tokenizer.json    the tokenizer, trained or given
 FOLDER/tokens/           the encoded text
-FOLDER/run.json          what the run is made of; see `check_same_run`
 """
 
 from __future__ import annotations
@@ -11,11 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import math
-import os
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlightning._checkpoint_files import RunLock, RunLocked
-
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData
-from ._options import PretrainOptions, flag
+from ._options import PretrainOptions
+from ._run_folder import as_json, check_same_run, read_json, run_folder, write_json
 from ._segments import SegmentRows
 from ._store import TokenStore, encode_documents, open_tokens
 from ._text import AllText, TextFiles, TextSource, open_dataset
@@ -80,6 +75,9 @@ def prepare(options: PretrainOptions) -> Prepared:
     size = functools.cache(lambda: _read(source))
     if tokenizer is None:
         tokenizer = _trained_tokenizer(options, source, text, size, folder)
+    else:
+        _made_of(folder).unlink(missing_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
     config = options.config(tokenizer.get_vocab_size(), special_ids(tokenizer).pad)
     alone = len(sources) == 1
     stores = [
@@ -120,45 +118,11 @@ def _check_pairs(data: PretrainingData, options: PretrainOptions) -> None:
     )
 
 
-def run_folder(path: str | Path) -> Path:
-    """Makes the folder of a run.
-
-    **Raises:** `OSError` where nothing can be written into it.
-    """
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"Nothing can be written into the folder `{folder}`: {error.strerror}. "
-            "Choose another one: `--out FOLDER`."
-        ) from None
-    return folder
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from working in the folder of the run.
-
-    **Raises:** `ValueError` where one does already.
-    """
-    try:
-        lock = RunLock(folder)
-    except RunLocked as error:
-        raise ValueError(f"{error} Here that is `--out FOLDER`.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 # The run's identity
 
 
 def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    # What the text and the tokenizer hold counts, not where they lie.
+    # What the text, the tokenizer and the model hold counts, not where they lie.
     kept = (
         *_FREE,
         "text",
@@ -168,69 +132,17 @@ def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) 
         "text_column",
         "split",
         "tokenizer",
+        "model",
         *([] if options.timed else ["steps", "epochs"]),
     )
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in kept}
-    found = {"text": text, "tokenizer": tokenizer and tokenizer_hash(tokenizer), "lr": options.peak}
+    found = {
+        "text": text,
+        "tokenizer": tokenizer and tokenizer_hash(tokenizer),
+        "model": options.fingerprint,
+        "lr": options.peak,
+    }
     return as_json(chosen | found)
-
-
-def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """**Raises:** `ValueError` where training in `folder` began with other options or text."""
-    before = read_json(folder / "run.json")
-    if before is None:
-        return
-    was, now = (one.get("command", "pretrain") for one in (before, identity))
-    if was != now:
-        raise ValueError(
-            f"`{folder}` holds a run of `albert {was}`. Choose another folder for `albert {now}`: "
-            "`--out FOLDER`."
-        )
-    differences = [
-        f"{_named(name)} was {before.get(name)!r} and is {value!r}"
-        for name, value in identity.items()
-        if before.get(name, value) != value
-    ]
-    if differences:
-        raise ValueError(
-            f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
-            "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
-            + (f" Its weights can be begun with: `--model {folder}`." if was == "pretrain" else "")
-        )
-
-
-def _named(name: str) -> str:
-    if name in ("text", "tokenizer"):
-        return f"the {name}'s fingerprint"
-    if name in ("train", "validation"):
-        return f"the fingerprint of `{flag(name)}`"
-    return f"`{flag(name)}`"
-
-
-def begin_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Writes down what the run is made of."""
-    write_json(folder / "run.json", identity)
-
-
-def as_json(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` as `read_json` gives it back: tuples as lists."""
-    return json.loads(json.dumps(content))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; `None` where there is no such file, or it holds something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    scratch.replace(path)
 
 
 # Stages
@@ -297,10 +209,15 @@ def _given_tokenizer(options: PretrainOptions) -> Tokenizer | None:
     return tokenizer
 
 
+def _made_of(folder: Path) -> Path:
+    """What a trained tokenizer was trained on; not there where it was given."""
+    return folder / "tokenizer.made-of.json"
+
+
 def _trained_tokenizer(
     options: PretrainOptions, source: AllText, text: str, size: _Size, folder: Path
 ) -> Tokenizer:
-    path, made_of = folder / "tokenizer.json", folder / "tokenizer.made-of.json"
+    path, made_of = folder / "tokenizer.json", _made_of(folder)
     vocab_size = options.vocab_size or options.own_vocab_size or _VOCAB_SIZE
     wanted = {"text": text, "vocab_size": vocab_size}
     with contextlib.suppress(OSError, ValueError):

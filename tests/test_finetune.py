@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import numpy as np
 import pytest
 import yaml
 from tiny_albert import TINY
+from tuning import LEARN, save_sentences, save_tiny, short
 
 from albert_task import (
     AlbertConfig,
     AlbertForMaskedLM,
-    AlbertForPreTraining,
     AlbertForSequenceClassification,
     _finetune,
     from_pretrained,
@@ -31,40 +30,15 @@ from albert_task._finetune_options import DataOptions
 from albert_task._kinds import kind_of
 from jaxlightning.callbacks import TQDMProgressBar
 
-GOOD, BAD = ("good fine great nice", "bad poor awful sad")
-WORDS = f"{GOOD} {BAD} the a film was it and play who where Anna Berlin wrote lives in"
-
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """The folder of a tiny model with random weights and its tokenizer."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = train_tokenizer([WORDS] * 30, 90)
-    config = AlbertConfig.preset(
-        "tiny", vocab_size=tokenizer.get_vocab_size(), classifier_dropout_prob=0.0
-    )
-    save_pretrained(AlbertForPreTraining.init(config, jax.random.key(0)), folder, tokenizer)
-    return folder
-
-
-def sentences(count, seed):
-    generator = np.random.default_rng(seed)
-    for _ in range(count):
-        label = int(generator.integers(0, 2))
-        word = generator.choice((BAD, GOOD)[label].split())
-        yield f"the {generator.choice(['film', 'play'])} was {word}", ("bad", "good")[label]
+    return save_tiny(tmp_path_factory.mktemp("pretrained"))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name, count, seed in (("train", 160, 0), ("dev", 40, 1)):
-        lines = ["sentence\tlabel", *("\t".join(one) for one in sentences(count, seed))]
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
-
-
-LEARN = ["--optimizer", "muon", "--lr", "1e-2", "--batch-size", "8", "--devices", "1"]
+    return save_sentences(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -132,13 +106,6 @@ class Strikes(TQDMProgressBar):
             signal.raise_signal(signal.SIGINT)
 
 
-def short(pretrained, data, out, *more):
-    return [
-        "finetune", "--model", str(pretrained), "--train", str(data / "train.tsv"), "--validation",
-        str(data / "dev.tsv"), "--limit", "40", "--epochs", "2", "--out", str(out), *LEARN, *more,
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def whole(pretrained, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -158,35 +125,6 @@ def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, whole, t
     for file in ("model/model.safetensors", "predictions.jsonl", "seed_0/result.json"):
         assert (whole / file).read_bytes() == (cut / file).read_bytes()
     assert [path.name for path in (cut / "seed_0").iterdir() if "check" in path.name] == []
-
-
-def test_a_seed_that_is_done_is_not_trained_again(
-    pretrained, data, whole, tmp_path, capsys, monkeypatch
-):
-    out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    first = json.loads((out / "result.json").read_text())
-    monkeypatch.setattr(_finetune, "_trainer", None)
-    assert main(short(pretrained, data, out)) == 0
-    assert "Seed 0 is done: 10 steps." in capsys.readouterr().err
-    assert json.loads((out / "result.json").read_text()) == first
-    monkeypatch.undo()
-    assert main(short(pretrained, data, out, "--seeds", "2")) == 0
-    assert json.loads((out / "result.json").read_text())["seeds"][0] == first["seeds"][0]
-
-
-def test_a_folder_keeps_its_run(pretrained, data, whole, tmp_path, capsys):
-    for more, message in (
-        (["--epochs", "3"], "begun with other options: `--epochs` was 2 and is 3. Go on"),
-        (["--train", str(data / "dev.tsv")], "the fingerprint of `--train` was"),
-    ):
-        assert main(short(pretrained, data, whole, *more)) == 2
-        assert message in capsys.readouterr().err
-    (tmp_path / "run.json").write_text('{"objective": "mlm"}')
-    assert main(short(pretrained, data, tmp_path)) == 2
-    assert "holds a run of `albert pretrain`. Choose another folder" in capsys.readouterr().err
-    assert main(["export", "--model", str(whole), "--out", str(whole)]) == 2
-    assert "is a run's folder. Choose another: `--out FOLDER`" in capsys.readouterr().err
 
 
 @pytest.mark.long
@@ -212,17 +150,6 @@ def test_labels_of_validation_that_no_example_to_learn_from_has(pretrained, data
     said = capsys.readouterr().err
     assert "line 42 of" in said
     assert "`goood`, which is no label of the model: `bad`, `good`. Did you mean `good`?" in said
-
-
-def test_a_model_is_scored_as_in_its_run(tuned, data, tmp_path, capsys):
-    options = yaml.safe_load((tuned / "config.yaml").read_text())
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | {"max_length": 24}))
-    for command in ("evaluate", "predict"):
-        given = ["--model", str(tmp_path), "--data", "a.tsv", "--print-config"]
-        assert main([command, *given]) == 0
-        assert yaml.safe_load(capsys.readouterr().out)["max_length"] == 24
-        assert main([command, *given, "--max-length", "32"]) == 0
-        assert yaml.safe_load(capsys.readouterr().out)["max_length"] == 32
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from albert_task._convert import save_pretrained
 from albert_task._corpus import Document
 from albert_task._options import PretrainOptions
 from albert_task._pretrain import finished
-from albert_task._stages import check_same_run, read_json
+from albert_task._run_folder import check_same_run, read_json
 from albert_task._store import encode_documents, open_tokens
 from albert_task._text import TextFiles, open_dataset
 from albert_task._tokenizer import load_tokenizer, train_tokenizer

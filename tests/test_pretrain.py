@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from naming import named
 
-from albert_task import _pretrain
+from albert_task import AlbertConfig, _pretrain, load_tokenizer
 from albert_task._cli import main
 from albert_task._options import PretrainOptions
 from albert_task._pretrain import SENTENCES, make_trainer, new_task
 from albert_task._stages import prepare
+from albert_task._tokenizer import tokenizer_hash
 from jaxlightning._checkpoint_files import RunLock
 from jaxlightning._checkpoint_read import load_arrays
 from jaxlightning.callbacks import EarlyStopping, LearningRateSchedule, ModelCheckpoint
@@ -345,3 +346,24 @@ def test_more_devices_than_there_are_is_refused_before_anything_is_read(tmp_path
     given = ["pretrain", "--text", str(tmp_path / "none"), "--devices", "99"]
     assert main([*given, "--out", str(tmp_path / "run")]) == 2
     assert "`devices=99`, but JAX sees" in capsys.readouterr().err
+
+
+def test_few_positions_and_a_given_tokenizer(whole, text, tmp_path, capsys):
+    """Sentences that are too long are not shown; what is not done yet can be exported."""
+    size = load_tokenizer(whole.out).get_vocab_size()
+    config = AlbertConfig.preset("tiny", vocab_size=size, max_position_embeddings=16)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    out = tmp_path / "run"
+    given = arguments(text, out, model=tmp_path / "config.json", steps=2, eval_interval=2)
+    place = given.index("--vocab-size")
+    given[place : place + 2] = ["--tokenizer", str(whole.out / "tokenizer.json")]
+    assert main(given) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["filled"]) < len(SENTENCES)
+    capsys.readouterr()
+    assert main(given) == 0
+    assert "This run is done: 2 steps." in capsys.readouterr().out
+    (out / "result.json").unlink()
+    assert main(["export", "--model", str(out), "--out", str(tmp_path / "exported")]) == 0
+    kept = load_tokenizer(tmp_path / "exported")
+    assert tokenizer_hash(kept) == tokenizer_hash(load_tokenizer(whole.out))

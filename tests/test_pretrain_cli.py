@@ -9,7 +9,9 @@ import pytest
 from albert_task import _stages
 from albert_task._cli import main
 from albert_task._options import PretrainOptions, flag
-from albert_task._stages import prepare, run_folder
+from albert_task._run_folder import begin_run, run_folder
+from albert_task._stages import prepare
+from albert_task._tokenizer import load_tokenizer, tokenizer_hash
 
 SENTENCE = "the quick brown fox jumps over a lazy dog and then it sleeps under an old tree"
 WORDS = SENTENCE.split()
@@ -230,7 +232,7 @@ def test_other_text_before_training_makes_the_stages_anew(tmp_path, text):
 
 def test_a_run_that_has_begun_is_not_gone_on_with_otherwise(tmp_path, text, capsys):
     begun = prepare(options(tmp_path, text))
-    _stages.begin_run(begun.folder, begun.identity)
+    begin_run(begun.folder, begun.identity)
     prepare(options(tmp_path, text, patience=3, max_time="00:00:01:00"))
     with pytest.raises(ValueError, match=r"`--steps` was \d+ and is 9\. .* `--model .*run`"):
         prepare(options(tmp_path, text, steps=9))
@@ -256,7 +258,10 @@ def test_a_tokenizer_and_a_dataset_can_be_given(tmp_path, text):
         )
     )
     assert given.data.store.tokens.tolist() == trained.data.store.tokens.tolist()
-    assert not (tmp_path / "other" / "tokenizer.json").exists()
+    kept = load_tokenizer(tmp_path / "other")  # for `albert export` of a run that has not ended
+    assert tokenizer_hash(kept) == tokenizer_hash(trained.tokenizer)
+    again = prepare(options(tmp_path, text, out=str(tmp_path / "other"), vocab_size=40))
+    assert again.tokenizer.get_vocab_size() == 40  # not that one, which was given
 
 
 def test_without_text_the_embedded_corpus_is_built_and_kept(tmp_path, monkeypatch, capsys):

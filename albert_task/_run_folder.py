@@ -1,0 +1,113 @@
+"""The folder of a run: one process works in it, and it keeps the run that was begun there.
+
+FOLDER/run.json          what the run is made of; see `check_same_run`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlightning._checkpoint_files import RunLock, RunLocked
+
+from ._options import flag
+
+
+def run_folder(path: str | Path) -> Path:
+    """Makes the folder of a run.
+
+    **Raises:** `OSError` where nothing can be written into it.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Nothing can be written into the folder `{folder}`: {error.strerror}. "
+            "Choose another one: `--out FOLDER`."
+        ) from None
+    return folder
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from working in the folder of the run.
+
+    **Raises:** `ValueError` where one does already.
+    """
+    try:
+        lock = RunLock(folder)
+    except RunLocked as error:
+        raise ValueError(f"{error} Here that is `--out FOLDER`.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# The run's identity
+
+
+def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """**Raises:** `ValueError` where training in `folder` began with other options or text."""
+    before = read_json(folder / "run.json")
+    if before is None:
+        return
+    was, now = (one.get("command", "pretrain") for one in (before, identity))
+    if was != now:
+        raise ValueError(
+            f"`{folder}` holds a run of `albert {was}`. Choose another folder for `albert {now}`: "
+            "`--out FOLDER`."
+        )
+    differences = [
+        f"{_named(name)} was {before.get(name)!r} and is {value!r}"
+        for name, value in identity.items()
+        if before.get(name, value) != value
+    ]
+    if differences:
+        raise ValueError(
+            f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
+            "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
+            + (f" Its weights can be begun with: `--model {folder}`." if was == "pretrain" else "")
+        )
+
+
+def _named(name: str) -> str:
+    if name in ("text", "tokenizer"):
+        return f"the {name}'s fingerprint"
+    if name in ("train", "validation"):
+        return f"the fingerprint of `{flag(name)}`"
+    return "the list of labels" if name == "labels" else f"`{flag(name)}`"
+
+
+def begin_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Writes down what the run is made of."""
+    write_json(folder / "run.json", identity)
+
+
+def as_json(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` as `read_json` gives it back: tuples as lists."""
+    return json.loads(json.dumps(content))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; `None` where there is no such file, or it holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch.write_text(json.dumps(content, indent=1) + "\n")
+    scratch.replace(path)
