@@ -197,14 +197,13 @@ class SegmentRows:
         first sentence, and the one after its last; cut to the room there is later."""
         special = 3 if self.pairs else 2
         room, row, at, texts_in_row = self.seq_len, 0, 0, 0
-        ends = self._ends
-        begins = self._begins
         draws: Iterator[float] = iter(())
-        found: list[tuple[int, int, int, int]] = []
+        found: list[int] = []
         for document in documents.tolist():
-            sentence = int(self._first_sentence[document])
-            last = int(self._last_sentence[document])
-            while sentence <= last:
+            first, last = self._first_sentence[document], self._last_sentence[document] + 1
+            begins, ends = self._begins[first:last].tolist(), self._ends[first:last].tolist()
+            sentence, count, first = 0, len(begins), int(first)
+            while sentence < count:
                 target = room - special
                 if self.short:
                     draw = next(draws, None)
@@ -214,20 +213,19 @@ class SegmentRows:
                     if draw < self.short:
                         target = 2 + int((target - 2) * draw / self.short)
                 # Sentences until there are enough tokens for the room.
-                reach = int(begins[sentence]) + target
-                after = min(bisect.bisect_left(ends, reach, sentence, last) + 1, last + 1)
-                size = int(ends[after - 1]) - int(begins[sentence])
-                found.append((row, at, sentence, after))
+                begin = begins[sentence]
+                after = bisect.bisect_left(ends, begin + target, sentence, count - 1) + 1
+                found += (row, at, first + sentence, first + after)
                 # A sentence alone makes no pair, and has a [SEP] less.
                 less = 1 if self.pairs and after - sentence == 1 else 0
-                at += min(size, target + less) + special - less
+                at += min(ends[after - 1] - begin, target + less) + special - less
                 room = self.seq_len - at
                 texts_in_row += 1
                 full = room < max(_LEAST_ROOM, special + 1) or texts_in_row == self.max_texts
                 if not self.packed or full:
                     row, at, room, texts_in_row = row + 1, 0, self.seq_len, 0
                 sentence = after
-        return np.asarray(found, np.int64)
+        return np.asarray(found, np.int64).reshape(-1, 4)
 
     def _segmented(
         self, spans: Int[np.ndarray, "texts 4"], generator: np.random.Generator
@@ -269,31 +267,45 @@ class SegmentRows:
         # A later epoch may have a few rows less than the first: some of them come twice.
         rows = order[places % len(order)]
         counts = begins[rows + 1] - begins[rows]
-        which = np.repeat(begins[rows], counts) + _counting(counts)
-        line = np.repeat(np.arange(len(rows)), counts)
         number = _counting(counts)
-        shape = (len(rows), self.seq_len)
-        special = self.store.special
-        ids = np.full(shape, special.pad, np.int32)
-        segment, position, kind = (np.zeros(shape, np.int32) for _ in range(3))
-        at, tokens = texts.at[which], self.store.tokens
-        first, second = texts.first_length[which], texts.second_length[which]
-        closing = at + first + 1
-        ids[line, at] = special.cls
-        ids[line, closing] = special.sep
-        _copy(ids, tokens, line, at + 1, texts.first[which], first)
+        which = np.repeat(begins[rows], counts) + number
+        line = np.repeat(np.arange(len(rows)), counts)
+        second = texts.second_length[which]
         has = second > 0
-        end = np.where(has, closing + second + 2, closing + 1)
-        _copy(ids, tokens, line[has], closing[has] + 1, texts.second[which][has], second[has])
-        ids[line[has], end[has] - 1] = special.sep
-        _fill(kind, line[has], closing[has] + 1, second[has] + 1, 1)
-        _fill(segment, line, at, end - at, number + 1)
-        batch: Batch = {"input_ids": ids, "token_type_ids": kind}
-        batch["attention_mask"] = (segment > 0).astype(np.int32)
+        head, tail = texts.first_length[which] + 2, np.where(has, second + 1, 0)
+        # The batch in pieces, one after the other: of each text [CLS] first [SEP], second [SEP],
+        # and the padding up to the next text, or to the end of the row.
+        at = texts.at[which]
+        following = np.append(at[1:], 0)
+        following[np.cumsum(counts) - 1] = self.seq_len
+        lengths = np.stack([head, tail, following - at - head - tail], axis=1)
+        starts = np.cumsum(lengths).reshape(lengths.shape) - lengths
+        begin, middle, padding = starts.T
+        place = np.arange(len(rows) * self.seq_len)
+
+        def spread(*of_pieces: Any, dtype: Any = np.int32) -> Shaped[np.ndarray, " tokens"]:
+            """For each token a value, by whether it is in a head, a tail or padding."""
+            values = np.empty(lengths.shape, dtype)
+            values[:, 0], values[:, 1], values[:, 2] = of_pieces
+            return np.repeat(values.ravel(), lengths.ravel())
+
+        tokens, special = np.asarray(self.store.tokens), self.store.special
+        source = spread(
+            texts.first[which] - 1 - begin, texts.second[which] - middle, -padding, dtype=np.int64
+        )
+        ids = tokens.take(source + place, mode="clip").astype(np.int32)
+        ids[begin] = special.cls
+        ids[middle - 1] = special.sep
+        ids[padding[has] - 1] = special.sep
+        segment = spread(number + 1, number + 1, 0)
+        own = segment > 0
+        ids[~own] = special.pad
+        batch: Batch = {"input_ids": ids, "token_type_ids": spread(0, 1, 0)}
+        batch["attention_mask"] = own.astype(np.int32)
         if self.packed:
-            flat = np.repeat(line * self.seq_len + at, end - at) + _counting(end - at)
-            position.ravel()[flat] = _counting(end - at)
-            batch |= {"segment_ids": segment, "position_ids": position}
+            batch |= {"segment_ids": segment}
+            batch["position_ids"] = np.where(own, place - spread(begin, begin, 0), 0)
+        batch = {k: x.astype(np.int32, copy=False).reshape(len(rows), -1) for k, x in batch.items()}
         if self.pairs:
             labels = np.full((len(rows), self.max_texts), IGNORED, np.int32)
             labels[line, number] = texts.order[which]
@@ -332,31 +344,6 @@ def _counting(counts: Int[np.ndarray, " some"]) -> Int[np.ndarray, " all"]:
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.arange(total) - np.repeat(ends - counts, counts)
-
-
-def _copy(
-    into: Int[np.ndarray, "rows seq"],
-    tokens: Shaped[np.ndarray, " tokens"],
-    line: Int[np.ndarray, " some"],
-    at: Int[np.ndarray, " some"],
-    begin: Int[np.ndarray, " some"],
-    length: Int[np.ndarray, " some"],
-) -> None:
-    steps = _counting(length)
-    place = np.repeat(line * into.shape[1] + at, length) + steps
-    into.ravel()[place] = tokens[np.repeat(begin, length) + steps]
-
-
-def _fill(
-    into: Int[np.ndarray, "rows seq"],
-    line: Int[np.ndarray, " some"],
-    at: Int[np.ndarray, " some"],
-    length: Int[np.ndarray, " some"],
-    value: Int[np.ndarray, " some"] | int,
-) -> None:
-    place = np.repeat(line * into.shape[1] + at, length) + _counting(length)
-    values = np.broadcast_to(np.asarray(value, np.int32), line.shape)
-    into.ravel()[place] = np.repeat(values, length)
 
 
 class RowLoader:
