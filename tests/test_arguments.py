@@ -127,6 +127,7 @@ def test_does_what_lightning_does(run):
     assert events.events.replace("L", "", 1) == run["events"].replace("L", "", 1)
 
 
+@pytest.mark.long
 def test_a_time_limit_alone_means_no_limit_on_epochs(monkeypatch):
     """Else 1000 epochs are the limit, as in Lightning."""
     now = [0.0]

@@ -127,6 +127,7 @@ def test_a_full_disk(tmp_path):
         check_full(disk / "run", "ballast", "No space left on device")
 
 
+@pytest.mark.long
 def test_a_fit_whose_checkpoint_is_lost_fails(tmp_path):
     """With the one before it intact, from which the run then goes on."""
     folder = tmp_path / "run"

@@ -33,8 +33,9 @@ slow = pytest.mark.slow
     ("task", "accumulate", "strategies"),
     [
         pytest.param("albert", 4, ["ddp", "fsdp x tensor"], marks=pytest.mark.long),
-        ("transformer", 1, ["fsdp"]),
-        ("mlp", 4, ["ddp", "fsdp", "tensor", "fsdp x tensor"]),
+        pytest.param("transformer", 1, ["fsdp"], marks=pytest.mark.long),
+        pytest.param("mlp", 4, ["ddp", "fsdp", "tensor"], marks=pytest.mark.long),
+        ("mlp", 4, ["fsdp x tensor"]),
         *(
             pytest.param(task, accumulate, [], marks=slow)
             for task in ("albert", "transformer", "layered", "mlp")

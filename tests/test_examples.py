@@ -27,7 +27,14 @@ def options(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["digits_equinox", "digits_nnx", "digits_linen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_equinox",
+        pytest.param("digits_nnx", marks=pytest.mark.long),
+        pytest.param("digits_linen", marks=pytest.mark.long),
+    ],
+)
 def test_digits_are_told_apart(name, options):
     example = importlib.import_module(f"examples.{name}")
     assert example.main(max_epochs=6, **options) > 0.95

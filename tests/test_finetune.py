@@ -136,6 +136,7 @@ def test_what_has_learnt_nothing_is_an_error(pretrained, data, tmp_path, capsys)
     assert "Seed 0 has learnt nothing: its loss is not finite" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_less_than_a_log_interval_is_enough(pretrained, data, tmp_path):
     out = tmp_path / "run"
     assert main(short(pretrained, data, out, "--limit", "8", "--epochs", "1")) == 0

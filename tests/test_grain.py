@@ -402,6 +402,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.long
 def test_a_script_needs_nothing_for_workers_and_prints_nothing_at_exit():
     """Grain alone wants absl's flags to be parsed, and complains where the interpreter ends."""
     done = subprocess.run(
@@ -414,6 +415,7 @@ def test_a_script_needs_nothing_for_workers_and_prints_nothing_at_exit():
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
+@pytest.mark.long
 def test_worker_processes(tmp_path, no_waiting_for_the_disk):
     """The same data as without, resumed exactly in the middle, a killed one named."""
     killed: list = []

@@ -130,6 +130,7 @@ def test_flops_are_those_of_the_formula_whatever_the_mesh():
         assert plan.flops == albert_flops(config, 16, 32)
 
 
+@pytest.mark.long
 def test_flops_and_collectives_are_counted_in_scans():
     task = Transformer(layers=3)
     plan = quiet(accumulate_grad_batches=4).plan(

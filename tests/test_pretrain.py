@@ -348,6 +348,7 @@ def test_more_devices_than_there_are_is_refused_before_anything_is_read(tmp_path
     assert "`devices=99`, but JAX sees" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_few_positions_and_a_given_tokenizer(whole, text, tmp_path, capsys):
     """Sentences that are too long are not shown; what is not done yet can be exported."""
     size = load_tokenizer(whole.out).get_vocab_size()

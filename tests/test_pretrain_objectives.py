@@ -29,6 +29,7 @@ def texts(tmp_path_factory):
     return [str(folder / "a.txt"), str(folder / "b.txt")]
 
 
+@pytest.mark.long
 def test_a_run_as_in_the_paper(texts, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [

@@ -159,6 +159,7 @@ def test_a_failure_of_one_is_told_last(tmp_path):
     assert seen[-1]["step"] == 3
 
 
+@pytest.mark.long
 def test_processes_that_disagree_are_told_what_differs(tmp_path):
     done, seen = launch(tmp_path / "run", {"apart": 5})
     assert done.returncode == 1

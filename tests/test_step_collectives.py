@@ -125,7 +125,7 @@ def test_evaluation_gathers_each_parameter_once():
     assert len(gathers) == len([c for c in gathers if c.bytes >= 4 * 2**10]) == 4
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 4))])
 def test_bytes_a_device_fall_with_the_fsdp_axis(devices):
     """Parameters and optimizer's state, counted on the devices; on 8, see `test_devices.py`."""
     trainer = quiet(max_steps=1, devices=devices, mesh={"fsdp": devices}, strategy="fsdp")
