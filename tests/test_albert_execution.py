@@ -77,6 +77,7 @@ def residuals(remat):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.long
 def test_what_is_computed_again_takes_no_memory():
     kept, dots, nothing = (
         residuals(name) for name in ("none", "dots_with_no_batch_dims_saveable", "nothing_saveable")

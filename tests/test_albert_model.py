@@ -124,6 +124,7 @@ def run(model, key=None):
     return np.asarray(model(jnp.asarray(rows()), key=key))
 
 
+@pytest.mark.long
 def test_dropout_needs_a_key_and_is_off_in_inference():
     model = albert(DROPPING)
     with pytest.raises(ValueError, match=r"drops out a share of 0.3 and so needs `key=`"):

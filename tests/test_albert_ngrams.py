@@ -48,6 +48,7 @@ def chosen_of(tokens, found):
     return chosen
 
 
+@pytest.mark.long
 def test_lengths_are_drawn_by_one_over_n():
     """Of the n-gram that each row takes first: positions that go up by 1."""
     tokens = sentences(4000, 400)

@@ -196,7 +196,7 @@ def test_options_that_cannot_be(options, message):
 # Logits in chunks
 
 
-@pytest.mark.parametrize("chunk", [1, 9, 12, 1000])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.long), 9, 12, 1000])
 def test_chunks_change_nothing(task, chunk):
     hidden = jax.random.normal(KEY, (3, 7, TINY.hidden_size))
     labels = jax.random.randint(KEY, (3, 7), 0, TINY.vocab_size)

@@ -191,6 +191,7 @@ def test_moments_are_in_float32(name):
     np.testing.assert_allclose(nu, 0.001 * 0.999**200, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_what_is_frozen_stays_and_has_no_state():
     task = AlbertForMaskedLM.init(
         TINY, jax.random.key(0), frozen=("embeddings", "attention/query"), weight_decay=0.5

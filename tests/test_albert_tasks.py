@@ -217,6 +217,7 @@ def test_every_validation_asks_the_same(training):
     assert quiet().validate(after, DataLoader(repetitions(32, seed=1), 16)) == again
 
 
+@pytest.mark.long
 def test_labels_that_are_no_class_make_the_loss_nan(task):
     """And not a number that looks like a loss: 7 of two classes, or -1 where -100 is meant."""
     tokens = rows(2)

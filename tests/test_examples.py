@@ -59,6 +59,7 @@ def test_packed_documents_fill_their_rows(options):
     assert found["loss"] < 3.0
 
 
+@pytest.mark.long
 def test_the_gan_finds_the_ring(options):
     from examples import gan
 

@@ -384,6 +384,7 @@ def test_numbers_to_predict_are_not_rounded():
         np.testing.assert_array_equal(precision.of_batch(batch)["labels"], batch["labels"])
 
 
+@pytest.mark.long
 def test_pseudo_perplexity_is_that_of_a_plain_loop(pretrained):
     task = from_pretrained(pretrained, AlbertForMaskedLM)
     tokenizer = load_tokenizer(pretrained)

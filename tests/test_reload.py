@@ -70,7 +70,14 @@ def test_validations_follow_the_new_length():
     assert [len(watches.validated), watches.validated[-1]] == [6, [3]]
 
 
-@pytest.mark.parametrize("options", [{}, {"steps_per_dispatch": 2}, {"accumulate_grad_batches": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"steps_per_dispatch": 2}, marks=pytest.mark.long),
+        pytest.param({"accumulate_grad_batches": 2}, marks=pytest.mark.long),
+    ],
+)
 def test_new_shapes_are_compiled_before_they_come(options):
     """`on_recompile="raise"` here; the last batches have 3, 2, and 1 rows."""
     _, trainer = fit(Curriculum(grows=3), **options)

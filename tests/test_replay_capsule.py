@@ -37,7 +37,7 @@ from jaxlightning.callbacks import (
         ({}, ()),
         ({"accumulate_grad_batches": 2}, ()),
         ({"steps_per_dispatch": 4}, ()),
-        ({"precision": "bf16-mixed"}, ()),
+        pytest.param({"precision": "bf16-mixed"}, (), marks=pytest.mark.long),
         ({"precision": "16-mixed"}, ()),
         (
             {"gradient_clip_val": 1.0},

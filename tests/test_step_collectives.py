@@ -51,7 +51,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
 @pytest.mark.parametrize(("make", "data"), CASES)
 def test_ddp_reduces_the_gradients_once(make, data, accumulate):
     trainer, found = step_program(make(), data(), accumulate, strategy="ddp")
@@ -78,6 +78,7 @@ def test_fsdp_gathers_and_scatters_what_it_shards_once(make, data, accumulate):
     assert size(whole) <= total_bytes(found, "all-reduce") <= size(whole) + SCALARS
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_stack_is_gathered_in_its_scan_where_that_is_asked_for(accumulate):
     """A layer at a time: once forward, once again backward, and its gradient reduced there."""

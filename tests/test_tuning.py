@@ -55,6 +55,7 @@ def test_no_step_is_executed_but_one(monkeypatch):
     assert len(steps) == 1
 
 
+@pytest.mark.long
 def test_auto_is_settled_by_a_fit(monkeypatch):
     monkeypatch.setattr("jaxlightning.tuning._batch_size._memory", lambda trainer: 2**20)
     loader = DataLoader(rows(64), "auto", shuffle=True)

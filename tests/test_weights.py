@@ -171,6 +171,7 @@ def test_the_checkpoint_of_another_class_is_refused(tmp_path):
         Classifier.load_from_checkpoint(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_albert_is_rebuilt(tmp_path):
     from albert_task import AlbertConfig, AlbertForMaskedLM
 
