@@ -14,6 +14,7 @@ from jaxlightning import F1, Accuracy, MatthewsCorrelation, Mean, Metric, Pearso
 
 from ._base import AlbertTask, example_weights
 from ._config import AlbertConfig
+from ._entities import entity_f1, say_entities
 from ._layers import Dense, dropped, named_key
 from ._losses import cross_entropy
 from ._model import Albert
@@ -105,9 +106,10 @@ class AlbertForSequenceClassification(AlbertTask):
 class AlbertForTokenClassification(AlbertTask):
     """A class for each token, such as of what kind of name it is part.
 
-    The configuration's `labels` say what is told apart. A batch has the ids as for
-    `AlbertForMaskedLM`, and `labels`: int (batch, seq), -100 where a token has none, as all but
-    the first of a word; `example_weight` as for `AlbertForSequenceClassification`.
+    The configuration's `labels` say what is told apart; of tags like `B-place`, `I-place` the
+    metric `f1` is that of whole entities. A batch has the ids as for `AlbertForMaskedLM`, and
+    `labels`: int (batch, seq), -100 where a token has none, as all but the first of a word;
+    `example_weight` as for `AlbertForSequenceClassification`.
     """
 
     classifier: Classifier
@@ -132,7 +134,10 @@ class AlbertForTokenClassification(AlbertTask):
         labels = _labels_of(batch, self)
         labels, weights = _known(labels, example_weights(batch, logits[:, 0, 0])[:, None])
         loss = Mean.over(cross_entropy(logits, labels), weights)
-        return loss, {"accuracy": Accuracy.of(logits, labels, where=weights)}
+        metrics: dict[str, Metric] = {"accuracy": Accuracy.of(logits, labels, where=weights)}
+        if say_entities(self.config.labels):
+            metrics["f1"] = entity_f1(logits.argmax(-1), labels, weights, self.config.labels)
+        return loss, metrics
 
     def predict_step(
         self, batch: dict[str, Any], *, key: PRNGKeyArray

@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlightning import F1
+
 _GO_ON, _LAST = "IE", "ES"
 
 
@@ -52,3 +58,47 @@ def entity_scores(
         "precision": right / max(predicted, 1),
         "recall": right / max(true, 1),
     }
+
+
+def entity_f1(
+    predictions: Int[Array, "batch seq"],
+    truths: Int[Array, "batch seq"],
+    weights: Float[Array, "batch seq"],
+    labels: Sequence[str],
+) -> F1:
+    """The F1 of `entity_scores`, traced.
+
+    **Arguments:**
+
+    - `predictions`, `truths`: by their numbers in `labels`.
+    - `weights`: what each word counts, 0 for tokens that begin none; of an entity its first word's.
+    """
+    of = [label.partition("-")[::2] for label in labels]
+    follows = [
+        [bool(a) and begun not in _LAST and then in _GO_ON and a == b for then, b in of]
+        for begun, a in of
+    ]
+    kinds = sorted({kind for _, kind in of} | {""})
+    kind_of = jnp.asarray([kinds.index(kind) for _, kind in of])
+    known = weights > 0
+    place = jnp.broadcast_to(jnp.arange(known.shape[1])[None], known.shape)
+    before = jax.lax.cummax(jnp.where(known, place, -1), axis=1)
+    before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+
+    def spans(
+        tags: Int[Array, "batch seq"],
+    ) -> tuple[Bool[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, "batch seq"]]:
+        """Where entities begin, of what kind, and which word is the first behind them."""
+        previous = jnp.take_along_axis(tags, jnp.maximum(before, 0), axis=1)
+        goes_on = (before >= 0) & jnp.asarray(follows)[previous, tags]
+        stops = jnp.where(known & ~goes_on, place, place.shape[1])
+        after = jax.lax.cummin(stops, axis=1, reverse=True)
+        after = jnp.pad(after[:, 1:], ((0, 0), (0, 1)), constant_values=place.shape[1])
+        kind = kind_of[tags]
+        return known & (kind > 0) & ~goes_on, kind, after
+
+    ours, our_kind, our_end = spans(predictions)
+    theirs, their_kind, their_end = spans(truths)
+    right = ours & theirs & (our_kind == their_kind) & (our_end == their_end)
+    count = lambda some: jnp.sum(jnp.where(some, weights, 0.0))[None]
+    return F1(count(right), count(ours), count(theirs), "micro")

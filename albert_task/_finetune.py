@@ -76,6 +76,11 @@ class Setting:
     validation: Examples | None
     identity: dict[str, Any]
 
+    @property
+    def metric(self) -> str:
+        """By which the best epoch is found; more is better."""
+        return self.kind.judged_by(self.config.labels)
+
 
 def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
     """Reads and encodes. What cannot work fails here, before anything is computed on a device.
@@ -218,8 +223,8 @@ def _value(setting: Setting, result: dict[str, Any]) -> float:
     scores = result["scores"]
     if not scores:
         return -result["train_loss"]
-    name = setting.kind.monitor.removeprefix("val/")
-    return scores.get("f1" if setting.options.task == "qa" else name, next(iter(scores.values())))
+    name = "f1" if setting.options.task == "qa" else setting.metric
+    return scores.get(name, next(iter(scores.values())))
 
 
 def _folder_of(run: Path, seed: int) -> Path:
@@ -248,7 +253,7 @@ def _one_seed(setting: Setting, seed: int, others: Sequence[dict[str, Any]]) -> 
         folder / "checkpoints",
         "epoch={epoch}",
         auto_insert_metric_name=False,
-        monitor=None if validation is None else setting.kind.monitor,
+        monitor=None if validation is None else f"val/{setting.metric}",
         mode="max",
         save_top_k=1,
         save_last=True,
@@ -314,7 +319,7 @@ def _trainer(
     logs: dict[str, Any] = {"save_dir": folder, "name": "", "version": "logs"}
     stopping: list[Callback] = []
     if options.patience is not None:
-        stopping = [EarlyStopping(setting.kind.monitor, mode="max", patience=options.patience)]
+        stopping = [EarlyStopping(f"val/{setting.metric}", mode="max", patience=options.patience)]
     return Trainer(
         max_epochs=options.epochs,
         accumulate_grad_batches=options.accumulate,
@@ -328,7 +333,7 @@ def _trainer(
             LearningRateMonitor(),
             SkipNonFinite(),
             ThroughputMonitor(tokens=lambda batch: batch["input_ids"].size),
-            TQDMProgressBar(metrics=("train/loss", setting.kind.monitor)),
+            TQDMProgressBar(metrics=("train/loss", f"val/{setting.metric}")),
             *stopping,
             saved,
         ],

@@ -53,8 +53,7 @@ class Kind:
 
     task: type[AlbertTask] = AlbertForSequenceClassification
     problem_type: str | None = "single_label_classification"
-    monitor = "val/accuracy"
-    """By which the best epoch is found; more is better."""
+    metric = "accuracy"
     fewest_labels = 2
     labels_anywhere = False
     """Whether labels may be new in the validation examples, as rare tags are."""
@@ -63,6 +62,10 @@ class Kind:
         self.name = name
         self.columns = columns
         self.max_length = max_length
+
+    def judged_by(self, labels: Sequence[str]) -> str:
+        """The metric by which the best epoch is found; more is better."""
+        return self.metric
 
     def read(self, path: str, *, labelled: bool = True) -> Any:
         """The examples of a file, unencoded."""
@@ -124,7 +127,7 @@ class Kind:
 
 class Regression(Kind):
     problem_type = "regression"
-    monitor = "val/pearson"
+    metric = "pearson"
 
     def labels(self, sources: Sequence[Any]) -> tuple[str, ...]:
         return ("score",)
@@ -145,7 +148,7 @@ class Regression(Kind):
 
 class MultiLabel(Kind):
     problem_type = "multi_label_classification"
-    monitor = "val/f1"
+    metric = "f1"
     fewest_labels = 1
     labels_anywhere = True
 
@@ -173,6 +176,9 @@ class Tokens(Kind):
     problem_type = None
     fewest_labels = 1
     labels_anywhere = True
+
+    def judged_by(self, labels: Sequence[str]) -> str:
+        return "f1" if say_entities(labels) else self.metric
 
     def encode(
         self, source: Any, tokenizer: Tokenizer, labels: Sequence[str], *, labelled: bool = True

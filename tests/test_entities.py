@@ -1,10 +1,11 @@
 """Entities in tags, beside seqeval where it is installed."""
 
+import jax
 import numpy as np
 import pytest
 
 from albert_task._encoded import Encoded, Ragged
-from albert_task._entities import entities, entity_scores, say_entities
+from albert_task._entities import entities, entity_f1, entity_scores, say_entities
 from albert_task._features import Columns
 from albert_task._kinds import KINDS
 
@@ -71,3 +72,21 @@ def test_scores_are_those_of_seqeval(tags):
     for name, ours in entity_scores(said, truth).items():
         theirs = getattr(metrics, f"{name}_score")(truth, said)
         assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("tags", ["O B-a I-a B-b I-b", "O B-a I-a E-a S-a B-b I-b E-b S-b", "B-a"])
+def test_the_traced_score_is_that_of_the_sequences(tags):
+    """Also of words in several pieces, of rows that count nothing, and of padding."""
+    generator, drawn = np.random.default_rng(0), tags.split()
+    truths = generator.integers(0, len(drawn), (64, 12))
+    other = generator.random(truths.shape) < 0.3
+    said = np.where(other, generator.integers(0, len(drawn), truths.shape), truths)
+    first = (generator.random(truths.shape) < 0.7) & (np.arange(12) < 10)
+    counts = generator.random(64) < 0.8
+    weights = np.float32(first & counts[:, None])
+    found = jax.jit(lambda *arrays: entity_f1(*arrays, drawn).compute())(said, truths, weights)
+    words = [
+        [[drawn[i] for i in row[own]] for row, own in zip(rows[counts], first[counts], strict=True)]
+        for rows in (said, truths)
+    ]
+    assert float(found) == pytest.approx(entity_scores(*words)["f1"], abs=1e-6)

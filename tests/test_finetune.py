@@ -206,7 +206,7 @@ def test_answers(pretrained, questions, tmp_path, capsys):
 
 def kinds(folder):
     rows = {
-        "tokens": [{"tokens": ["Anna", "lives", "in", "Berlin"], "tags": ["A", "O", "O", "B"]}],
+        "tokens": [{"tokens": ["Anna", "lives", "in", "Berlin"], "tags": ["B-A", "O", "O", "B-B"]}],
         "choice": [{"context": "it was", "choices": ["good", "bad"], "label": 0}],
         "regression": [{"text": "good", "score": 1.0}, {"text": "bad", "score": 0.0}],
         "multilabel": [{"text": "good film", "labels": "a,b"}, {"text": "bad", "labels": "b"}],
@@ -228,7 +228,7 @@ def test_the_other_kinds(pretrained, tmp_path, name, capsys):
     ]  # fmt: skip
     assert main(arguments) == 0
     scores = json.loads((out / "result.json").read_text())["seeds"][0]["scores"]
-    metric = {"regression": "pearson", "multilabel": "f1"}.get(name, "accuracy")
+    metric = {"regression": "pearson", "multilabel": "f1", "tokens": "f1"}.get(name, "accuracy")
     assert scores[metric] > 0.9
     capsys.readouterr()
     assert main(["predict", "--model", str(out), "--data", str(path), "--devices", "1"]) == 0
@@ -236,7 +236,7 @@ def test_the_other_kinds(pretrained, tmp_path, name, capsys):
     assert len(rows) == 16
     key = {"tokens": "tags", "choice": "label", "regression": "score", "multilabel": "labels"}[name]
     if name == "tokens":
-        assert rows[0][key] == ["A", "O", "O", "B"]
+        assert rows[0][key] == ["B-A", "O", "O", "B-B"]
     assert all(key in row for row in rows)
 
 
