@@ -39,6 +39,7 @@ from ._base import AlbertTask
 from ._config import _PRESETS, AlbertConfig
 from ._convert import from_pretrained, save_pretrained
 from ._encoded import BucketLoader, Encoded
+from ._features import label_names
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted, write_rows
 from ._model_names import model_folder
@@ -117,6 +118,7 @@ def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
     }
     check_same_run(folder, identity)
     _say_columns(train)
+    _say_unlearnt(kind, train, validation)
     return Setting(options, folder, kind, tokenizer, config, examples, held_out, identity)
 
 
@@ -183,6 +185,17 @@ def model_tokenizer(options: DataOptions, model: str, *, random: bool = False) -
 
 
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
+
+
+def _say_unlearnt(kind: Kind, train: Any, validation: Any) -> None:
+    """Labels that no example to learn from has, where they may be new."""
+    if not kind.labels_anywhere or validation is None:
+        return
+    known, found = (label_names([one], kind.columns, kind.name) for one in (train, validation))
+    new = [label for label in found if label not in known]
+    if new:
+        listed = ", ".join(f"`{label}`" for label in new)
+        say(f"Only the validation examples have {listed}, which cannot be learnt.")
 
 
 # Training

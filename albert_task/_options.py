@@ -37,6 +37,9 @@ def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), *
     return dataclasses.field(default=default, metadata=metadata)
 
 
+_STEPS = 1500
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainOptions(NamesModel):
     """The options of `albert pretrain`, which has a `--vocab-size` for `vocab_size`, and so on.
@@ -156,7 +159,13 @@ class PretrainOptions(NamesModel):
         group="model and training",
         metavar="NAME_OR_FOLDER",
     )
-    steps: int = option(1500, "optimizer steps", group="model and training", type=int, metavar="N")
+    steps: int | None = option(
+        None,
+        "optimizer steps (default: 1500, where --epochs says nothing else)",
+        group="model and training",
+        type=int,
+        metavar="N",
+    )
     epochs: int | None = option(
         None,
         "passes over the text, in place of --steps",
@@ -313,6 +322,10 @@ class PretrainOptions(NamesModel):
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "steps", _STEPS)
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("`--steps` and `--epochs` are two lengths of the run. Give one.")
         _check_numbers(self)
         if self.weights and len(self.weights) != len(self.text):
             raise ValueError(
@@ -363,7 +376,7 @@ class PretrainOptions(NamesModel):
     @property
     def max_steps(self) -> int:
         """The limit in steps; -1 where it is `epochs`."""
-        return self.steps if self.epochs is None else -1
+        return -1 if self.steps is None else self.steps
 
     @property
     def warmup_amount(self) -> int | float:
@@ -479,7 +492,7 @@ def _check_numbers(options: PretrainOptions) -> None:
         raise ValueError(f"`--dropout {options.dropout}` has to be below 1.")
     if options.lr is not None and not options.lr > 0:
         raise ValueError(f"`--lr {options.lr}` has to be above 0.")
-    if options.epochs is None and options.warmup_amount >= options.steps:
+    if options.steps is not None and options.warmup_amount >= options.steps:
         raise ValueError(
             f"`--warmup {options.warmup:g}` takes all of the `--steps {options.steps}`. Write a "
             "share such as `--warmup 0.05`."

@@ -77,7 +77,7 @@ def finished(folder: Path, options: PretrainOptions) -> dict[str, Any] | None:
     if result is None:
         return None
     if options.epochs is None:
-        done = result["steps"] >= options.steps
+        done = result["steps"] >= options.max_steps
     else:
         done = result["epochs"] >= options.epochs
     stopped = result["stopped"] is not None and result["limits"] == _limits(options)
@@ -166,8 +166,10 @@ def new_task(
     if options.schedule == "reference":
         recipe = {
             "schedule": "polynomial",
-            "total_steps": options.steps,
-            "warmup_steps": round(options.warmup * (options.steps if options.warmup < 1 else 1)),
+            "total_steps": options.max_steps,
+            "warmup_steps": round(
+                options.warmup * (options.max_steps if options.warmup < 1 else 1)
+            ),
         }
     recipe |= dict(
         special=prepared.data.store.special,

@@ -58,12 +58,25 @@ class Rows(NamedTuple):
                 raise ValueError(f"ALBERT's tasks read no `{key}` in a batch.{near}")
         name = "input_ids" if "input_ids" in batch and "tokens" not in batch else "tokens"
         tokens = batch[name]
-        for key, array in batch.items():
-            by_row = one_label and key == "labels"
-            if key in _KEYS and not by_row and (array.shape != tokens.shape or array.ndim != 2):
+        for key in (name, *(key for key in batch if key != name)):
+            if key not in _KEYS or (one_label and key == "labels"):
+                continue
+            array = batch[key]
+            if not hasattr(array, "dtype"):
                 raise ValueError(
-                    f"The batch's `{key}` has shape {array.shape}, but `{name}` has "
-                    f"{tokens.shape}. Both have to be (batch, seq)."
+                    f"The batch's `{key}` is a `{type(array).__name__}`. Make it an array: "
+                    f'`np.asarray(batch["{key}"])`.'
+                )
+            if array.dtype.kind not in "iub":
+                raise ValueError(
+                    f"The batch's `{key}` holds numbers of the type `{array.dtype}`, but has to "
+                    "hold integers."
+                )
+            if array.ndim != 2 or array.shape != tokens.shape:
+                beside = "" if key == name else f", and that of `{name}` is {tokens.shape}"
+                raise ValueError(
+                    f"The shape of the batch's `{key}` is {array.shape}{beside}, but has to be "
+                    "(batch, seq)."
                 )
         segments = batch.get("segment_ids")
         if "attention_mask" in batch:

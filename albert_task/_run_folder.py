@@ -75,8 +75,18 @@ def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
         raise ValueError(
             f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
             "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
-            + (f" Its weights can be begun with: `--model {folder}`." if was == "pretrain" else "")
+            + (_to_begin_with(folder) if was == "pretrain" else "")
         )
+
+
+def _to_begin_with(folder: Path) -> str:
+    """How another run begins with the weights of this one."""
+    if (folder / "model").is_dir():
+        return f" Its weights can be begun with: `--model {folder}`."
+    if (folder / "checkpoints").is_dir():
+        write = f"albert export --model {folder} --out EXPORTED"
+        return f" Its weights can be begun with: `{write}`, then `--model EXPORTED`."
+    return ""
 
 
 def _named(name: str) -> str:

@@ -122,10 +122,11 @@ def best_threshold(
     scores: Mapping[str, float],
     no_answer: Mapping[str, float],
 ) -> tuple[float, float]:
-    """The best score in per cent, and the threshold of `no_answer` from which on an answer is
-    taken back to reach it: the script's `find_best_thresh`."""
+    """The best score in per cent, and the threshold of `no_answer` above which an answer is taken
+    back to reach it: the script's `find_best_thresh`. Where all are best taken back, that is 0 as
+    there for probabilities, and below all of them for scores."""
     current = best = float(sum(not question.answers for question in questions))
-    threshold = 0.0
+    threshold = min([0.0, *(value - 1.0 for value in no_answer.values() if value <= 0)])
     has = {question.id: bool(question.answers) for question in questions}
     for name in sorted(no_answer, key=lambda name: no_answer[name]):
         if name not in scores:

@@ -67,6 +67,7 @@ def prepare(options: PretrainOptions) -> Prepared:
     folder = run_folder(options.out)
     options.config()
     tokenizer = _given_tokenizer(options)
+    check_same_run(folder, _chosen(options))  # before a corpus is built
     sources = _sources(options, folder)
     source = AllText(sources)
     text = source.fingerprint()
@@ -121,7 +122,7 @@ def _check_pairs(data: PretrainingData, options: PretrainOptions) -> None:
 # The run's identity
 
 
-def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _chosen(options: PretrainOptions) -> dict[str, Any]:
     # What the text, the tokenizer and the model hold counts, not where they lie.
     kept = (
         *_FREE,
@@ -136,13 +137,11 @@ def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) 
         *([] if options.timed else ["steps", "epochs"]),
     )
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in kept}
-    found = {
-        "text": text,
-        "tokenizer": tokenizer and tokenizer_hash(tokenizer),
-        "model": options.fingerprint,
-        "lr": options.peak,
-    }
-    return as_json(chosen | found)
+    return as_json(chosen | {"model": options.fingerprint, "lr": options.peak})
+
+
+def _identity(options: PretrainOptions, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    return _chosen(options) | {"text": text, "tokenizer": tokenizer and tokenizer_hash(tokenizer)}
 
 
 # Stages

@@ -398,16 +398,22 @@ def fit(batch):
         (
             {"input_ids": rows(2), "attention_mask": rows(2, 11)},
             ValueError,
-            r"`attention_mask` has shape \(2, 11\), but `input_ids` has \(2, 12\). Both have to be",
+            r"`attention_mask` is \(2, 11\), and that of `input_ids` is \(2, 12\), but has to",
         ),
-        ({"tokens": rows(2)[:, 0]}, ValueError, r"`tokens` has shape \(2,\).*\(batch, seq\)"),
+        ({"tokens": rows(2)[:, 0]}, ValueError, r"`tokens` is \(2,\), but has to be \(batch, seq"),
+        ({"tokens": np.float32(rows(2))}, ValueError, "type `float32`, but has to hold integers"),
         ({"tokens": rows(2, 21)}, ValueError, "The rows have 21 tokens, but .* positions for 20"),
     ],
-    ids=["none", "token", "masks", "shapes", "rank", "long"],
+    ids=["none", "token", "masks", "shapes", "rank", "float", "long"],
 )
 def test_batches_that_cannot_be(batch, error, message):
     with pytest.raises(error, match=message):
         fit(batch)
+
+
+def test_lists_are_no_arrays():
+    with pytest.raises(ValueError, match=r"`tokens` is a `list`. Make it an array: `np.asarray"):
+        Rows.read({"tokens": [[2, 3]]}, TINY)
 
 
 def test_further_keys_are_let_through():

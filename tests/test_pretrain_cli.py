@@ -97,6 +97,7 @@ def test_help_lists_every_option(capsys):
         ({"strategy": "dpp"}, r"`--strategy dpp` is unknown.*Did you mean `ddp`\?"),
         ({"devices": "two"}, r"`--devices two` is neither `auto` nor a number above 0"),
         ({"steps": 0}, r"`--steps 0` has to be at least 1"),
+        ({"steps": 9, "epochs": 2}, r"`--steps` and `--epochs` are two lengths of the run. Give o"),
         ({"seq_len": 2}, r"`--seq-len 2` has to be at least 3"),
         ({"lr": 0.0}, r"`--lr 0.0` has to be above 0"),
         ({"lr": float("nan")}, r"`--lr nan` has to be above 0"),
@@ -234,13 +235,29 @@ def test_a_run_that_has_begun_is_not_gone_on_with_otherwise(tmp_path, text, caps
     begun = prepare(options(tmp_path, text))
     begin_run(begun.folder, begun.identity)
     prepare(options(tmp_path, text, patience=3, max_time="00:00:01:00"))
-    with pytest.raises(ValueError, match=r"`--steps` was \d+ and is 9\. .* `--model .*run`"):
+    begin = r"`--steps` was \d+ and is 9\. .* delete this one\."
+    with pytest.raises(ValueError, match=rf"{begin}$"):
         prepare(options(tmp_path, text, steps=9))
+    for folder, advice in (
+        ("checkpoints", "`albert export --model .*run --out EXPORTED`, then `--model EXPORTED`"),
+        ("model", "`--model .*run`"),
+    ):
+        (begun.folder / folder).mkdir()
+        with pytest.raises(ValueError, match=rf"{begin} Its weights can be begun with: {advice}"):
+            prepare(options(tmp_path, text, steps=9))
     with pytest.raises(ValueError, match=r"other options: `--seq-len` was 16 and is 8\. Go on"):
         prepare(options(tmp_path, text, seq_len=8))
     (text / "c.txt").write_text("More of it.")
     with pytest.raises(ValueError, match=r"the text's fingerprint was '\w+' and is '\w+'"):
         prepare(options(tmp_path, text))
+
+
+def test_other_options_are_refused_before_a_corpus_is_built(tmp_path, text, monkeypatch):
+    begun = prepare(options(tmp_path, text))
+    begin_run(begun.folder, begun.identity)
+    monkeypatch.setattr(_stages, "build_corpus", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match=r"other options: .*`--seq-len` was 16 and is 64"):
+        prepare(PretrainOptions(out=str(begun.folder)))
 
 
 def test_a_tokenizer_and_a_dataset_can_be_given(tmp_path, text):

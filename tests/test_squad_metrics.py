@@ -108,3 +108,13 @@ def test_published_predictions(data, predictions, version, scores):
     answers = json.loads((folder / "predictions" / predictions).read_text())
     found = squad_scores(questions, answers, version=version)
     assert (round(found["exact_match"], 2), round(found["f1"], 2)) == scores
+
+
+def test_the_threshold_at_which_none_is_best_lies_below_all_scores():
+    """Scores of no answer, unlike probabilities, may be negative."""
+    asked = [Answered("a", ()), Answered("b", ()), Answered("c", ("x",))]
+    said = {"a": "y", "b": "y", "c": "y"}
+    scores = dict.fromkeys("abc", 0.0)
+    best, threshold = best_threshold(asked, said, scores, {"a": -7.0, "b": 1.0, "c": -9.5})
+    assert (best, threshold) == (pytest.approx(200 / 3), -10.5)
+    assert best_threshold(asked, said, scores, dict.fromkeys("abc", 0.5))[1] == 0.0
