@@ -154,7 +154,8 @@ class ExportOptions:
 
     model: str = option(
         "runs/pretrain",
-        "the folder of a run, finished or not, or any model that can be loaded",
+        "the folder of a run (of `albert pretrain` also of one that has not ended), or any model "
+        "that can be loaded",
         group="model",
         metavar="FOLDER",
     )

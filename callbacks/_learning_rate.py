@@ -232,8 +232,9 @@ class LearningRateSchedule(Callback):
         if math.isinf(total):
             raise ValueError(
                 f"`LearningRateSchedule({self.schedule!r}, warmup={self.warmup})` needs to know "
-                "how many steps the run has, but the training data has no length and nothing else "
-                "ends the run. Write `Trainer(max_steps=10_000)`, or tell the schedule alone: "
+                "how many steps the run has, and nothing says so: no number of steps, nor one of "
+                "epochs over data with a length. (A time does not.) Write "
+                "`Trainer(max_steps=10_000)`, or tell the schedule alone: "
                 "`LearningRateSchedule(..., total_steps=10_000)`."
             )
         return int(total)

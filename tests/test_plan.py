@@ -219,6 +219,7 @@ def script(tmp_path, returned):
         "def run():\n"
         f"    return {returned}\n"
         "other = 1\n"
+        "def takes(argument): pass\n"
     )
     return f"{tmp_path / 'train.py'}:run"
 
@@ -244,4 +245,18 @@ def test_the_command_plans(tmp_path, capsys):
 )
 def test_what_the_command_refuses(tmp_path, capsys, returned, arguments, message):
     assert cli.main(["plan", script(tmp_path, returned), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Classifier", "is no function that returns `(trainer, task, batch)`"),
+        ("other", "is no function that returns"),
+        ("takes", "takes arguments. It has to be a function without any"),
+    ],
+)
+def test_what_is_no_run(tmp_path, capsys, name, message):
+    file = script(tmp_path, "None").removesuffix("run")
+    assert cli.main(["plan", f"{file}{name}"]) == 2
     assert message in capsys.readouterr().err

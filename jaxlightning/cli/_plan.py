@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
 from typing import Any
 
 from .._importing import nothing_trains
@@ -35,8 +37,16 @@ def add_command(commands: Any) -> None:
 def _plan(chosen: argparse.Namespace) -> int:
     """Exit code 1 where the run does not fit."""
     make = named(chosen.run_of, "plan", "to plan a run")
-    if not callable(make):
+    if not callable(make) or isinstance(make, type):
         raise RunError(f"`{chosen.run_of}` is no function that returns `(trainer, task, batch)`.")
+    with contextlib.suppress(ValueError):  # of what is not written in Python
+        try:
+            inspect.signature(make).bind()
+        except TypeError:
+            raise RunError(
+                f"`{chosen.run_of}` takes arguments. It has to be a function without any, which "
+                "returns `(trainer, task, batch)`."
+            ) from None
     with nothing_trains("a run was asked for to be planned", "return it before it trains"):
         found = make()
     if not isinstance(found, tuple) or len(found) != 3:
