@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 from typing import Any
 
@@ -39,14 +38,13 @@ def _plan(chosen: argparse.Namespace) -> int:
     make = named(chosen.run_of, "plan", "to plan a run")
     if not callable(make) or isinstance(make, type):
         raise RunError(f"`{chosen.run_of}` is no function that returns `(trainer, task, batch)`.")
-    with contextlib.suppress(ValueError):  # of what is not written in Python
-        try:
-            inspect.signature(make).bind()
-        except TypeError:
-            raise RunError(
-                f"`{chosen.run_of}` takes arguments. It has to be a function without any, which "
-                "returns `(trainer, task, batch)`."
-            ) from None
+    try:
+        inspect.signature(make).bind()
+    except TypeError:
+        raise RunError(
+            f"`{chosen.run_of}` takes arguments. It has to be a function without any, which "
+            "returns `(trainer, task, batch)`."
+        ) from None
     with nothing_trains("a run was asked for to be planned", "return it before it trains"):
         found = make()
     if not isinstance(found, tuple) or len(found) != 3:
