@@ -306,6 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (ValueError, OSError, CheckpointError) as error:
         return _refused(name, error)
+    except FloatingPointError as error:  # what SkipNonFinite ends a run with
+        here = "Here the learning rate is `--lr`, and `--clip` clips."
+        print(f"albert {name}: {error}\n{here}", file=sys.stderr)
+        return 1
 
 
 def _refused(name: str, error: Exception) -> int:

@@ -325,3 +325,13 @@ def test_an_interrupt_between_stages_says_how_to_go_on(capsys, tmp_path, text, m
     given = ["--text", str(text), "--out", str(tmp_path / "run"), "--vocab-size", "60"]
     assert main(["pretrain", *given]) == 130
     assert "The same command goes on from there" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_is_told_in_the_commands_words(tmp_path, text, capsys):
+    how = {"out": tmp_path / "run", "model": "tiny", "vocab-size": 60, "seq-len": 16, "steps": 20,
+           "text": text, "batch-size": 4, "lr": 1e30, "clip": 0, "optimizer": "sgd",
+           "log-interval": 5, "val-rows": 4, "devices": 1}  # fmt: skip
+    assert main(["pretrain", *(str(one) for k, v in how.items() for one in (f"--{k}", v))]) == 1
+    said = capsys.readouterr().err
+    assert "Here the learning rate is `--lr`, and `--clip` clips." in said
+    assert "Traceback" not in said
