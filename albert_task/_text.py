@@ -17,7 +17,8 @@ from jaxlightning._nearest import nearest
 
 from ._corpus import Document
 
-_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+_OBJECTS, _TABLES = (".jsonl", ".ndjson", ".json"), (".parquet", ".arrow")
+_SUFFIXES = (".txt", *_OBJECTS, *_TABLES)
 
 
 class TextFiles:
@@ -30,9 +31,9 @@ class TextFiles:
     - `column`: where the text is in JSON lines and tables; by default `text`, or the only
       column of strings.
 
-    **Raises:** `FileNotFoundError` where a pattern matches no file. Reading raises `ValueError`
-    for an empty file, bytes that are no UTF-8 (file and offset), a broken line (file and line),
-    and a missing column (with those found).
+    **Raises:** `FileNotFoundError` where a pattern matches no file, `ValueError` for a column where
+    all is plain text. Reading raises `ValueError` for an empty file, bytes that are no UTF-8 (file
+    and offset), a broken line (file and line), and a missing column (with those found).
     """
 
     def __init__(self, patterns: str | Path | Sequence[str | Path], column: str | None = None):
@@ -40,6 +41,11 @@ class TextFiles:
         found = [path for pattern in given for path in _matches(str(pattern))]
         self.paths = list(dict.fromkeys(found))
         self.column = column
+        if column is not None and not any(path.suffix in _OBJECTS + _TABLES for path in self.paths):
+            raise ValueError(
+                f"There is no column `{column}` in plain text, which all of {given} is taken for: "
+                f"{', '.join(f'`{suffix}`' for suffix in _OBJECTS + _TABLES)} have columns."
+            )
 
     def __iter__(self) -> Iterator[Document]:
         for path in self.paths:
@@ -53,9 +59,9 @@ class TextFiles:
                 raise ValueError(f"The file `{path}` holds no text, only blanks.")
 
     def _read(self, path: Path) -> Iterator[Document]:
-        if path.suffix in (".jsonl", ".ndjson", ".json"):
+        if path.suffix in _OBJECTS:
             texts = _json_lines(path, self.column)
-        elif path.suffix in (".parquet", ".arrow"):
+        elif path.suffix in _TABLES:
             texts = _table(path, self.column)
         else:
             texts = _plain(path)

@@ -200,7 +200,7 @@ def test_the_column_is_text_or_the_only_one_of_strings_or_the_named_one():
 def test_a_fingerprint_follows_content_and_column_but_not_the_place(tmp_path):
     for folder, text in (("x", "same"), ("y", "same"), ("z", "other")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.txt").write_text(text)
+        (tmp_path / folder / "a.jsonl").write_text(text)
     x, y, z = (TextFiles(tmp_path / folder).fingerprint() for folder in "xyz")
     assert x == y
     assert x != z
@@ -275,3 +275,11 @@ def test_a_dataset_that_is_streamed(monkeypatch):
     assert text.fingerprint() == open_dataset("owner/name", streaming=True).fingerprint()
     with pytest.raises(ValueError, match="has no strings in the column `n`"):
         open_dataset("owner/name", streaming=True, column="n")
+
+
+def test_plain_text_has_no_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("body\nsome text\n")
+    with pytest.raises(
+        ValueError, match=r"no column `body` in plain text, .*`.jsonl`, .* have col"
+    ):
+        TextFiles(tmp_path / "a.csv", "body")
