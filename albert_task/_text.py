@@ -154,7 +154,7 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
         if chosen is None or chosen not in row:
             strings = [key for key, value in row.items() if isinstance(value, str)]
             where = f"Line {number} of `{path}`"
-            chosen = text_column(list(row), strings, column, where)
+            chosen = text_column(list(row), strings, chosen, where)
         text = row[chosen]
         if not isinstance(text, str):
             raise ValueError(

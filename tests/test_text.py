@@ -283,3 +283,9 @@ def test_plain_text_has_no_columns(tmp_path):
         ValueError, match=r"no column `body` in plain text, .*`.jsonl`, .* have col"
     ):
         TextFiles(tmp_path / "a.csv", "body")
+
+
+def test_every_line_has_the_column_that_was_chosen(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"title": "two"}\n')
+    with pytest.raises(ValueError, match=r"Line 2 of .* has no column `text`. Found: `title`"):
+        list(TextFiles(tmp_path / "a.jsonl"))
