@@ -241,8 +241,8 @@ def text_column(
 
     **Raises:** `ValueError` with the columns found, and the nearest name to `wanted`.
     """
-    if wanted is None and "text" in strings:
-        return "text"
+    if wanted is None and "text" in columns:
+        wanted = "text"
     if wanted is None and len(strings) == 1:
         return strings[0]
     if wanted is not None and wanted in strings:

@@ -344,6 +344,11 @@ class Bus(Callback):
         for callback in sorted(self.callbacks, key=lambda c: c.outermost):
             with _blamed(callback, "wrap_optimizer"):
                 tx = callback.wrap_optimizer(trainer, tx)
+                if not isinstance(tx, optax.GradientTransformation):
+                    raise TypeError(
+                        f"It returned a `{type(tx).__name__}`. Return an optax transformation: "
+                        "the one that was given, or one around it."
+                    )
         return tx
 
     def inside_step(self, view: InsideStep) -> dict[str, Any]:

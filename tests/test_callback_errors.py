@@ -56,6 +56,13 @@ def test_an_exception_in_what_a_callback_declares_or_traces(hook):
     assert f"Raised by the callback `Declares` in `{hook}`." in notes(error)
 
 
+def test_an_optimizer_that_is_not_returned():
+    callback = type("Forgets", (Callback,), {"wrap_optimizer": lambda self, trainer, tx: None})()
+    error = refused(TypeError, Classifier(), callbacks=callback)
+    assert "It returned a `NoneType`. Return an optax transformation" in str(error)
+    assert "Raised by the callback `Forgets` in `wrap_optimizer`." in notes(error)
+
+
 def test_an_exception_in_needs_state():
     class Asked(Callback):
         def needs_state(self, step):

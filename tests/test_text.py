@@ -289,3 +289,6 @@ def test_every_line_has_the_column_that_was_chosen(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"title": "two"}\n')
     with pytest.raises(ValueError, match=r"Line 2 of .* has no column `text`. Found: `title`"):
         list(TextFiles(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "text": null}\n')
+    with pytest.raises(ValueError, match=r"Line 1 of .* has no strings in the column `text`"):
+        list(TextFiles(tmp_path / "a.jsonl"))
