@@ -76,9 +76,13 @@ class AlbertForSequenceClassification(AlbertTask):
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> tuple[Mean, dict[str, Metric]]:
         logits = self.logits(batch, key)
-        labels, weights = _labels_of(batch, self), example_weights(batch, logits[:, 0])
+        rows, whole = logits.shape[:1], logits.shape
+        single = self.problem_type == "single_label_classification"
+        shapes = [rows] if single else [rows, whole] if whole[1] == 1 else [whole]
+        labels = _labels_of(batch, self, *shapes)
+        weights = example_weights(batch, logits[:, 0])
         metrics: dict[str, Metric]
-        if self.problem_type == "single_label_classification":
+        if single:
             labels, weights = _known(labels, weights)
             metrics = {"accuracy": Accuracy.of(logits, labels, where=weights)}
             if logits.shape[1] == 2:
@@ -131,7 +135,7 @@ class AlbertForTokenClassification(AlbertTask):
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> tuple[Mean, dict[str, Metric]]:
         logits = self.logits(batch, key)
-        labels = _labels_of(batch, self)
+        labels = _labels_of(batch, self, logits.shape[:2])
         labels, weights = _known(labels, example_weights(batch, logits[:, 0, 0])[:, None])
         loss = Mean.over(cross_entropy(logits, labels), weights)
         metrics: dict[str, Metric] = {"accuracy": Accuracy.of(logits, labels, where=weights)}
@@ -184,7 +188,7 @@ class AlbertForMultipleChoice(AlbertTask):
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> tuple[Mean, dict[str, Metric]]:
         logits = self.logits(batch, key)
-        labels = _labels_of(batch, self)
+        labels = _labels_of(batch, self, logits.shape[:1])
         labels, weights = _known(labels, example_weights(batch, logits[:, 0]))
         loss = Mean.over(_nll(logits, labels), weights)
         return loss, {"accuracy": Accuracy.of(logits, labels, where=weights)}
@@ -206,10 +210,17 @@ def _known(labels: Array, weights: Array) -> tuple[Array, Array]:
     return jnp.where(ignored, 0, labels), jnp.where(ignored, 0.0, weights)
 
 
-def _labels_of(batch: dict[str, Any], task: AlbertTask) -> Array:
+def _labels_of(batch: dict[str, Any], task: AlbertTask, *shapes: tuple[int, ...]) -> Array:
+    """**Raises:** `ValueError` where there are none, or they have none of these shapes."""
     if "labels" not in batch:
         raise ValueError(
             f"`{type(task).__name__}` needs `labels` in each batch it learns from or is judged by; "
             f"this one has {', '.join(f'`{name}`' for name in batch)}."
         )
-    return batch["labels"]
+    labels = batch["labels"]
+    if labels.shape not in shapes:
+        raise ValueError(
+            f"The shape of the batch's `labels` is {labels.shape}, but here it has to be "
+            f"{' or '.join(map(str, shapes))}."
+        )
+    return labels

@@ -71,10 +71,7 @@ def fill_masks(options: FillMaskOptions) -> int:
         found = fill_mask(task, tokenizer, text, options.top_k)
         print(found.text)
         for guesses in found.guesses:
-            print(
-                "    "
-                + ", ".join(f"{g.piece.replace('▁', '')} {g.probability:.1%}" for g in guesses)
-            )
+            print(f"    {', '.join(map(str, guesses))}")
     return 0
 
 

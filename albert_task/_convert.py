@@ -184,8 +184,12 @@ def save_pretrained(
 
     - `tokenizer`: written as `tokenizer.json`; or a folder, whose tokenizer's files are copied.
     - `max_shard_size`: bytes; larger models are parted, with `model.safetensors.index.json`.
+
+    **Raises:** `ValueError` for a model that Hugging Face has not, and for the folder of a run.
     """
     folder = Path(folder)
+    if (folder / "run.json").is_file():
+        raise ValueError(f"`{folder}` is a run's folder, which keeps its own. Choose another one.")
     folder.mkdir(parents=True, exist_ok=True)
     kind = next((name for name, of in MODELS.items() if type(model) is of), None)
     if kind is None:

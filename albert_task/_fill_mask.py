@@ -31,6 +31,10 @@ class Guess(NamedTuple):
     """As in the vocabulary: a `▁` begins a word."""
     probability: float
 
+    def __str__(self) -> str:
+        word = self.piece.replace("▁", "") or "▁"
+        return f"{word} {self.probability:.1%}"
+
 
 class Filled(NamedTuple):
     """A text with its blanks filled in."""

@@ -107,6 +107,11 @@ def model_folder(
         return inner if not (path / "config.json").is_file() and inner.is_dir() else path
     if path.exists():
         raise FileNotFoundError(f"`{path}` is a file. Give the folder of a model.")
+    if str(name) in _PRESETS:
+        raise FileNotFoundError(
+            f"`{name}` is a size, and has no weights. Make a model of random ones: "
+            f'`AlbertForMaskedLM.init(AlbertConfig.preset("{name}"), key)`.'
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["config.json", *TOKENIZER_FILES, "*.safetensors", "*.index.json"]

@@ -31,7 +31,7 @@ from jaxlightning.callbacks import (
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._convert import from_pretrained, save_pretrained
-from ._fill_mask import fill_mask
+from ._fill_mask import Guess, fill_mask
 from ._options import PretrainOptions, devices_of
 from ._pretraining_task import AlbertForPreTraining
 from ._run_folder import begin_run, read_json, write_json
@@ -334,8 +334,7 @@ def report(result: dict[str, Any]) -> str:
     for one in result["filled"]:
         lines.append(f"  {one['text']}")
         for guesses in one["guesses"]:
-            found = ", ".join(f"{piece.replace('▁', '')} {p:.0%}" for piece, p in guesses)
-            lines.append(f"      {found}")
+            lines.append(f"      {', '.join(str(Guess(*guess)) for guess in guesses)}")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ class Rows(NamedTuple):
                     f"The batch's `{key}` is a `{type(array).__name__}`. Make it an array: "
                     f'`np.asarray(batch["{key}"])`.'
                 )
-            if array.dtype.kind not in "iub":
+            if key != "attention_mask" and array.dtype.kind not in "iu":
                 raise ValueError(
                     f"The batch's `{key}` holds numbers of the type `{array.dtype}`, but has to "
                     "hold integers."

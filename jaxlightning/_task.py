@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,11 @@ class TaskModule(eqx.Module):
     gathered_in_scan: ClassVar[Sequence[str]] = ()
     """The paths of layers that are stacked along a leading axis and gathered one by one, in the
     scan over them, with [`gather_layer`][]. All other parameters are gathered once a step."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            type.__setattr__(cls, "__init__", _explaining_fields(cls.__dict__["__init__"]))
 
     def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
         """The loss of one batch.
@@ -257,6 +263,23 @@ class TaskModule(eqx.Module):
         from ._weights import load_from_checkpoint
 
         return load_from_checkpoint(cls, path, make or cls.from_hyperparameters, changed)
+
+
+def _explaining_fields(init: Callable[..., None]) -> Callable[..., None]:
+    """`init`, which says how fields are declared where it sets one that is not."""
+
+    @functools.wraps(init)
+    def explained(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except dataclasses.FrozenInstanceError as error:
+            error.add_note(
+                "The fields of a `TaskModule` are declared in its class, as in a dataclass: "
+                "`net: eqx.nn.MLP`, or for what is no array `lr: float = eqx.field(static=True)`."
+            )
+            raise
+
+    return explained
 
 
 def _is_json(value: Any) -> bool:

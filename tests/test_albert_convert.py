@@ -286,3 +286,17 @@ def test_a_really_trained_albert():
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     near, far = (np.mean(np.sum(unit[:-k] * unit[k:], axis=1)) for k in (1, 100))
     assert near > far + 0.1
+
+
+def test_the_folder_of_a_run_is_not_written_into(task, tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"is a run's folder, which keeps its own\. Choose another"
+    ):
+        save_pretrained(task, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_size_is_no_model_with_weights():
+    with pytest.raises(FileNotFoundError, match=r"`base` is a size, and has no weights\. .*preset"):
+        from_pretrained("base")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ from albert_task import (
     Albert,
     AlbertConfig,
     AlbertForMaskedLM,
+    AlbertForSequenceClassification,
     Recipe,
     SpecialIds,
     _losses,
@@ -449,3 +451,20 @@ def test_vocabularies_are_compared():
 def test_the_default_special_tokens_are_our_tokenizers():
     tokenizer = train_tokenizer(["a small text of a few words"] * 3, 30)
     assert AlbertForMaskedLM.init(TINY, KEY).special == special_ids(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "wanted"),
+    [
+        ((4, 8), None, r"(4,)"),
+        ((4,), "multi_label_classification", r"(4, 3)"),
+        ((4, 2), "regression", r"(4, 3)"),
+    ],
+)
+def test_labels_of_another_shape(labels, problem, wanted):
+    config = dataclasses.replace(TINY, labels=("a", "b", "c"), problem_type=problem)
+    one = AlbertForSequenceClassification.init(config, jax.random.key(0))
+    batch = {"input_ids": jnp.asarray(rows()), "labels": jnp.zeros(labels, jnp.int32)}
+    message = f"The shape of the batch's `labels` is {labels}, but here it has to be {wanted}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        one.training_step(batch, key=jax.random.key(0))

@@ -442,3 +442,15 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, checkpoints):
     error = refused(OSError, Classifier(), trainer=trainer)
     assert str(tmp_path / "file") in str(error)
     assert "`default_root_dir=" in str(error) or "Trainer(default_root_dir=" in str(error)
+
+
+def test_a_field_that_is_not_declared():
+    """As in a class for Lightning."""
+
+    class Undeclared(TaskModule):
+        def __init__(self, lr):
+            self.lr = lr
+
+    with pytest.raises(AttributeError, match="cannot assign to field 'lr'") as caught:
+        Undeclared(1e-3)
+    assert "declared in its class, as in a dataclass: `net: eqx.nn.MLP`" in notes(caught.value)[0]

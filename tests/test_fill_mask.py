@@ -9,6 +9,7 @@ import tiny_albert
 from tiny_albert import TINY, numpy_albert, numpy_head
 
 from albert_task import fill_mask, special_ids, train_tokenizer
+from albert_task._fill_mask import Guess
 
 LINES = [
     "the quick brown fox jumps over the lazy dog.",
@@ -100,3 +101,8 @@ def test_what_cannot_be_filled(task, tokenizer, text, top_k, message):
 def test_a_tokenizer_of_another_model(tokenizer):
     with pytest.raises(ValueError, match="vocabulary is larger than the model's"):
         fill_mask(tiny_albert.task(), tokenizer, "a [MASK]")
+
+
+def test_a_guess_reads_as_a_word():
+    shown = [str(Guess(piece, 0.125)) for piece in ("▁fox", "es", "▁")]
+    assert shown == ["fox 12.5%", "es 12.5%", "▁ 12.5%"]
