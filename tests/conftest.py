@@ -67,3 +67,31 @@ def whole(jobs):
         return found[task]
 
     return of
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """The folder of a tiny ALBERT with random weights, and its tokenizer."""
+    from tuning import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("pretrained"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of examples of what is good and what is bad, to learn from and to be judged by."""
+    from tuning import save_sentences
+
+    return save_sentences(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def short_run(pretrained, data, tmp_path_factory):
+    """The folder of a run of ten steps that nobody cut."""
+    from tuning import short
+
+    from albert_task._cli import main
+
+    out = tmp_path_factory.mktemp("short") / "run"
+    assert main(short(pretrained, data, out)) == 0
+    return out

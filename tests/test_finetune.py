@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from tiny_albert import TINY
-from tuning import LEARN, save_sentences, save_tiny, short
+from tuning import LEARN, short
 
 from albert_task import (
     AlbertConfig,
@@ -29,16 +29,6 @@ from albert_task._commands import PlanOptions
 from albert_task._finetune_options import DataOptions
 from albert_task._kinds import kind_of
 from jaxlightning.callbacks import TQDMProgressBar
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("pretrained"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_sentences(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +96,10 @@ class Strikes(TQDMProgressBar):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.fixture(scope="module")
-def whole(pretrained, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert main(short(pretrained, data, out)) == 0
-    return out
-
-
 @pytest.mark.long
-def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, whole, tmp_path, capsys):
+def test_an_interrupted_run_goes_on_to_the_same_model(
+    pretrained, data, short_run, tmp_path, capsys
+):
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_finetune, "TQDMProgressBar", Strikes)
@@ -123,7 +108,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(pretrained, data, whole, t
     assert not (cut / "model").exists()
     assert main(short(pretrained, data, cut)) == 0
     for file in ("model/model.safetensors", "predictions.jsonl", "seed_0/result.json"):
-        assert (whole / file).read_bytes() == (cut / file).read_bytes()
+        assert (short_run / file).read_bytes() == (cut / file).read_bytes()
     assert [path.name for path in (cut / "seed_0").iterdir() if "check" in path.name] == []
 
 

@@ -5,39 +5,21 @@ import shutil
 
 import pytest
 import yaml
-from tuning import save_sentences, save_tiny, short
+from tuning import save_tiny, short
 
 from albert_task import _finetune, from_pretrained, load_tokenizer
 from albert_task._cli import main
 from albert_task._features import Columns
 from albert_task._kinds import QuestionAnswering
 
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("pretrained"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return save_sentences(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def whole(pretrained, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert main(short(pretrained, data, out)) == 0
-    return out
-
-
 # Seeds
 
 
 def test_a_seed_that_is_done_is_not_trained_again(
-    pretrained, data, whole, tmp_path, capsys, monkeypatch
+    pretrained, data, short_run, tmp_path, capsys, monkeypatch
 ):
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
+    shutil.copytree(short_run, out)
     first = json.loads((out / "result.json").read_text())
     monkeypatch.setattr(_finetune, "_trainer", None)
     assert main(short(pretrained, data, out)) == 0
@@ -61,39 +43,42 @@ def test_a_seed_that_is_done_is_not_trained_again(
 # Of which run it is
 
 
-def test_a_folder_keeps_its_run(pretrained, data, whole, tmp_path, capsys):
+def test_a_folder_keeps_its_run(pretrained, data, short_run, tmp_path, capsys):
     for more, message in (
         (["--epochs", "3"], "begun with other options: `--epochs` was 2 and is 3. Go on"),
         (["--train", str(data / "dev.tsv")], "the fingerprint of `--train` was"),
     ):
-        assert main(short(pretrained, data, whole, *more)) == 2
+        assert main(short(pretrained, data, short_run, *more)) == 2
         assert message in capsys.readouterr().err
     (tmp_path / "run.json").write_text('{"objective": "mlm"}')
     assert main(short(pretrained, data, tmp_path)) == 2
     assert "holds a run of `albert pretrain`. Choose another folder" in capsys.readouterr().err
-    assert main(["export", "--model", str(whole), "--out", str(whole)]) == 2
+    assert main(["export", "--model", str(short_run), "--out", str(short_run)]) == 2
     assert "is a run's folder. Choose another: `--out FOLDER`" in capsys.readouterr().err
 
 
-def test_what_the_model_holds_counts_not_where_it_lies(pretrained, data, whole, tmp_path, capsys):
-    moved, other = tmp_path / "moved", tmp_path / "other"
+def test_what_the_model_holds_counts_not_where_it_lies(
+    pretrained, data, short_run, tmp_path, capsys
+):
+    run, moved, other = (tmp_path / name for name in ("run", "moved", "other"))
+    shutil.copytree(short_run, run)
     shutil.copytree(pretrained, moved)
-    assert main(short(moved, data, whole)) == 0
+    assert main(short(moved, data, run)) == 0
     assert "Seed 0 is done" in capsys.readouterr().err
     save_tiny(other, seed=1)
-    assert main(short(other, data, whole)) == 2
+    assert main(short(other, data, run)) == 2
     assert "`--model` was 'weights " in capsys.readouterr().err
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    assert main(short(moved, data, whole)) == 2
+    assert main(short(moved, data, run)) == 2
     assert "`--model` was 'weights " in capsys.readouterr().err
 
 
-def test_other_names_of_labels_are_other_labels(pretrained, data, whole, tmp_path, capsys):
+def test_other_names_of_labels_are_other_labels(pretrained, data, short_run, tmp_path, capsys):
     for name in ("train.tsv", "dev.tsv"):
         text = (data / name).read_text()
         (tmp_path / name).write_text(text.replace("\tbad", "\t0").replace("\tgood", "\t1"))
-    assert main(short(pretrained, tmp_path, whole)) == 2
+    assert main(short(pretrained, tmp_path, short_run)) == 2
     said = capsys.readouterr().err
     assert "the list of labels was ['bad', 'good'] and is ['0', '1']" in said
 
@@ -118,10 +103,10 @@ def test_any_of_several_answers_counts(pretrained, tmp_path):
 # How it is used
 
 
-def test_a_model_is_scored_as_in_its_run(whole, tmp_path, capsys):
+def test_a_model_is_scored_as_in_its_run(short_run, tmp_path, capsys):
     """By the name of its folder, and by that of the model in it, which `finetune` prints."""
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(short_run, run)
     options = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(options | {"max_length": 24}))
     for folder in (run, run / "model"):
@@ -153,5 +138,5 @@ def test_options_of_a_run_that_make_no_sense(tmp_path, capsys, content, status, 
     assert message in said.out + said.err
 
 
-def test_the_problem_is_in_the_models_configuration(whole):
-    assert from_pretrained(whole).config.problem_type == "single_label_classification"
+def test_the_problem_is_in_the_models_configuration(short_run):
+    assert from_pretrained(short_run).config.problem_type == "single_label_classification"

@@ -286,9 +286,11 @@ def test_what_has_no_labels_says_nothing_of_answers(tokenizer, tmp_path):
 def test_questions_of_another_type(tmp_path, change, message, suffix):
     one = {"id": "1", "question": "what", "answers": [{"text": "a", "answer_start": 0}]} | change
     paragraph = {"context": "a b c", "qas": [one]}
-    content = {"data": [{"paragraphs": [paragraph]}]} if suffix == "json" else one
+    row = one | {"context": "a b c"}
     path = tmp_path / f"a.{suffix}"
-    path.write_text(json.dumps(content if suffix == "json" else one | {"context": "a b c"}))
+    path.write_text(
+        json.dumps({"data": [{"paragraphs": [paragraph]}]} if suffix == "json" else row)
+    )
     if suffix == "jsonl" and "begins" not in message and "empty" not in message:
         message = "`question` in line 1 .* is empty|`answers` in line 1 of .* but has to be"
     with pytest.raises(ValueError, match=message):
