@@ -115,7 +115,7 @@ def _of_the_run(chosen: dict[str, Any]) -> dict[str, Any]:
     from ._finetune_options import ENCODING, EvaluateOptions, FinetuneOptions, config_of_run
 
     path = config_of_run(chosen.get("model", EvaluateOptions.model))
-    kept = {} if path is None or not path.is_file() else _read(path, FinetuneOptions)
+    kept = {} if path is None else _read(path, FinetuneOptions)
     return {name: value for name, value in kept.items() if name in ENCODING}
 
 
@@ -307,13 +307,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, CheckpointError) as error:
         return _refused(name, error)
     except FloatingPointError as error:  # what SkipNonFinite ends a run with
-        here = "Here the learning rate is `--lr`, and `--clip` clips."
-        print(f"albert {name}: {error}\n{here}", file=sys.stderr)
+        _refused(name, f"{error}\nHere the learning rate is `--lr`, and `--clip` clips.")
         return 1
 
 
-def _refused(name: str, error: Exception) -> int:
-    print(f"albert {name}: {error}", file=sys.stderr)
+def _refused(name: str, why: object) -> int:
+    print(f"albert {name}: {why}", file=sys.stderr)
     return 2
 
 

@@ -126,10 +126,10 @@ def _classifies_other(
     numbered may get names."""
     if not issubclass(kind, _CLASSIFIERS):
         return None
-    names = [_plain(name) for name in _architectures(path)]
-    of = next((name for name in names if name in MODELS), None)
-    if of is None or not issubclass(kind, MODELS[of]):
-        return f"that of {' or '.join(f'`{name}`' for name in names)}"
+    names = _architectures(path)
+    of = _first_known(names)
+    if of is None or not issubclass(kind, of):
+        return f"that of {' or '.join(f'`{_plain(name)}`' for name in names)}"
     if issubclass(kind, AlbertForMultipleChoice):
         return None
     if issubclass(kind, AlbertForSequenceClassification) and saved.problem != config.problem:
@@ -157,11 +157,15 @@ def _plain(name: Any) -> str:
     return str(name).removeprefix("Flax").removeprefix("TF")
 
 
+def _first_known(names: list[Any]) -> type[Any] | None:
+    return next((MODELS[one] for one in map(_plain, names) if one in MODELS), None)
+
+
 def _named_kind(path: Path) -> Any:
     names = _architectures(path)
-    for name in names:
-        if _plain(name) in MODELS:
-            return MODELS[_plain(name)]
+    found = _first_known(names)
+    if found is not None:
+        return found
     raise ValueError(
         f"`{path}` is of {', '.join(f'`{name}`' for name in names)}, which is none of the models "
         f"here: {', '.join(f'`{name}`' for name in MODELS)}. To take its ALBERT for one of them: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -29,17 +30,25 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """
     found = set()
     kind, begun = "", 0
-    for place, tag in enumerate([*tags, "O"]):
-        prefix, _, of = tag.partition("-")
-        if kind and not (prefix in _GO_ON and of == kind):
+    for place, (before, tag) in enumerate(itertools.pairwise(["O", *tags, "O"])):
+        if _goes_on(before, tag):
+            continue
+        if kind:
             found.add((kind, begun, place))
-            kind = ""
-        if of and not kind:
-            kind, begun = of, place
-        if prefix in _LAST:
-            found.add((kind, begun, place + 1))
-            kind = ""
+        kind, begun = _parts(tag)[1], place
     return found
+
+
+def _parts(tag: str) -> tuple[str, str]:
+    """Which word of an entity a tag is of, and of what kind it is."""
+    prefix, _, kind = tag.partition("-")
+    return prefix, kind
+
+
+def _goes_on(before: str, tag: str) -> bool:
+    """Whether a word goes on with the entity of the word before it."""
+    (prefix, kind), (then, same) = _parts(before), _parts(tag)
+    return bool(kind) and prefix not in _LAST and then in _GO_ON and same == kind
 
 
 def entity_scores(
@@ -73,13 +82,9 @@ def entity_f1(
     - `predictions`, `truths`: by their numbers in `labels`.
     - `weights`: what each word counts, 0 for tokens that begin none; of an entity its first word's.
     """
-    of = [label.partition("-")[::2] for label in labels]
-    follows = [
-        [bool(a) and begun not in _LAST and then in _GO_ON and a == b for then, b in of]
-        for begun, a in of
-    ]
-    kinds = sorted({kind for _, kind in of} | {""})
-    kind_of = jnp.asarray([kinds.index(kind) for _, kind in of])
+    follows = jnp.asarray([[_goes_on(before, tag) for tag in labels] for before in labels])
+    kinds = [_parts(label)[1] for label in labels]
+    kind_of = jnp.asarray([sorted({"", *kinds}).index(kind) for kind in kinds])
     known = weights > 0
     place = jnp.broadcast_to(jnp.arange(known.shape[1])[None], known.shape)
     before = jax.lax.cummax(jnp.where(known, place, -1), axis=1)
@@ -90,7 +95,7 @@ def entity_f1(
     ) -> tuple[Bool[Array, "batch seq"], Int[Array, "batch seq"], Int[Array, "batch seq"]]:
         """Where entities begin, of what kind, and which word is the first behind them."""
         previous = jnp.take_along_axis(tags, jnp.maximum(before, 0), axis=1)
-        goes_on = (before >= 0) & jnp.asarray(follows)[previous, tags]
+        goes_on = (before >= 0) & follows[previous, tags]
         stops = jnp.where(known & ~goes_on, place, place.shape[1])
         after = jax.lax.cummin(stops, axis=1, reverse=True)
         after = jnp.pad(after[:, 1:], ((0, 0), (0, 1)), constant_values=place.shape[1])

@@ -143,8 +143,8 @@ def text_pairs(table: Table, columns: Columns) -> TextPairs:
     """**Raises:** `ValueError` for columns that are not there, and texts that are empty."""
     known: tuple[str, ...]
     beside: tuple[str, ...]
-    asks = columns == (None, None, columns.label) and "question" in table.columns
-    if asks and any(name in table.columns for name in ASKED):
+    guessed = columns.text is None and columns.pair is None
+    if guessed and "question" in table.columns and set(ASKED) & set(table.columns):
         known, beside = ("question",), ASKED
     else:
         known, beside = FIRST, () if columns.text else SECOND

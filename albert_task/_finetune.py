@@ -128,6 +128,17 @@ def _say_columns(source: Any) -> None:
         say(source.usage())
 
 
+def _say_unlearnt(kind: Kind, train: Any, validation: Any) -> None:
+    """Labels that no example to learn from has, where they may be new."""
+    if not kind.labels_anywhere or validation is None:
+        return
+    known, found = (label_names([one], kind.columns, kind.name) for one in (train, validation))
+    new = [label for label in found if label not in known]
+    if new:
+        listed = ", ".join(f"`{label}`" for label in new)
+        say(f"Only the validation examples have {listed}, which cannot be learnt.")
+
+
 _FREE = ("train", "validation", "tokenizer", "model", "out", "devices", "seeds")
 """Options that may change when a run goes on. What the files hold counts, not where they lie."""
 
@@ -185,17 +196,6 @@ def model_tokenizer(options: DataOptions, model: str, *, random: bool = False) -
 
 
 _TOKENIZERS = ("tokenizer.json", "spiece.model")
-
-
-def _say_unlearnt(kind: Kind, train: Any, validation: Any) -> None:
-    """Labels that no example to learn from has, where they may be new."""
-    if not kind.labels_anywhere or validation is None:
-        return
-    known, found = (label_names([one], kind.columns, kind.name) for one in (train, validation))
-    new = [label for label in found if label not in known]
-    if new:
-        listed = ", ".join(f"`{label}`" for label in new)
-        say(f"Only the validation examples have {listed}, which cannot be learnt.")
 
 
 # Training

@@ -127,13 +127,13 @@ class DataOptions:
 
 
 def config_of_run(model: str) -> Path | None:
-    """The options of the run of `albert finetune` that a model is of, if it is of one: `model` is
-    the run's folder, or `model` in it."""
+    """The file of options of the run of `albert finetune` that a model is of, if there is one:
+    `model` is the run's folder, or `model` in it."""
     path = Path(model).resolve()
     for folder in (path, path.parent) if path.name == "model" else (path,):
-        run = read_json(folder / "run.json")
-        if run is not None and run.get("command") == "finetune":
-            return folder / "config.yaml"
+        run, options = read_json(folder / "run.json"), folder / "config.yaml"
+        if run is not None and run.get("command") == "finetune" and options.is_file():
+            return options
     return None
 
 

@@ -109,7 +109,7 @@ class TaskModule(eqx.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
-            type.__setattr__(cls, "__init__", _explaining_fields(cls.__dict__["__init__"]))
+            cls.__init__ = _explaining_fields(cls.__init__)  # type: ignore[method-assign]
 
     def training_step(self, batch: PyTree, *, key: PRNGKeyArray) -> Any:
         """The loss of one batch.

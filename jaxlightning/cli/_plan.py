@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from typing import Any
 
 from .._importing import nothing_trains
 from ._runs import RunError
-from ._script import named
+from ._script import named, needs_arguments
 
 
 def add_command(commands: Any) -> None:
@@ -38,13 +37,11 @@ def _plan(chosen: argparse.Namespace) -> int:
     make = named(chosen.run_of, "plan", "to plan a run")
     if not callable(make) or isinstance(make, type):
         raise RunError(f"`{chosen.run_of}` is no function that returns `(trainer, task, batch)`.")
-    try:
-        inspect.signature(make).bind()
-    except TypeError:
+    if needs_arguments(make):
         raise RunError(
             f"`{chosen.run_of}` takes arguments. It has to be a function without any, which "
             "returns `(trainer, task, batch)`."
-        ) from None
+        )
     with nothing_trains("a run was asked for to be planned", "return it before it trains"):
         found = make()
     if not isinstance(found, tuple) or len(found) != 3:

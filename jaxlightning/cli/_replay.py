@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import shlex
 from pathlib import Path
 from typing import Any
 
 from .._checkpoint_files import CheckpointError
 from .._importing import nothing_trains
-from ._script import named
+from ._script import named, needs_arguments
 
 __all__ = ["add_command"]
 
@@ -71,12 +70,7 @@ def _called(found: Any) -> Any:
             f"`--task` names {what}. Name the class of a task, a function `key -> task`, or a "
             "function without arguments that returns `(trainer, task)`."
         )
-    required = [
-        p
-        for p in inspect.signature(found).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if required:
+    if needs_arguments(found):
         return found
     name = getattr(found, "__name__", "it")
     instead = "return `(trainer, task)` before it trains"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ def named(spec: str, option: str, why: str) -> Any:
             raise CheckpointError(f"`{module}` has no `{name}`.")
         found = getattr(found, part)
     return found
+
+
+def needs_arguments(function: Any) -> bool:
+    """Whether a function cannot be called without any."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    return False
 
 
 def _file(path: Path) -> Any:
