@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._evaluate import gather, inference
 from ._fit import RUN_AHEAD, FitRun
 from ._rewind import rewound
-from ._say import warn
+from ._say import say, warn
 from ._stream import MetricStream, Numbers, computed
 from ._task import TaskModule
 from .data import DeviceBatch, Feed
@@ -52,6 +52,13 @@ def fit_loop(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         at.end_epoch()
 
 
+def say_why_stopped(trainer: Trainer, run: FitRun) -> None:
+    """Says who ended a fit before its limits were met."""
+    if trainer.should_stop and not trainer._schedule.finished(run.position):
+        reason = trainer.stop_reason or "`should_stop` was set."
+        say(f"The fit was stopped at step {run.position.step}: {reason}")
+
+
 def train_epoch(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
     """The steps of an epoch, or what is left of it."""
     bus, at, poll = trainer._bus, run.position, trainer._signals.poll
@@ -71,7 +78,7 @@ def train_epoch(trainer: Trainer, run: FitRun, stream: MetricStream) -> None:
         if trainer._is_over():
             return
     if at.batches == 0:
-        trainer.stop("The training data is a one-pass iterator, and exhausted.", remembered=False)
+        trainer.stop("The training data is exhausted.", remembered=False)
         warn(
             f"The training data gave no batch in epoch {at.epoch}, so training stops: it is a "
             "one-pass iterator. Pass a `DataLoader`, or something that can be iterated again.",

@@ -22,7 +22,7 @@ from ._entry import entered
 from ._evaluate import Evaluator
 from ._facts import Facts
 from ._init import TaskSource
-from ._loop import evaluate, fit_loop, predict, validate_in_fit
+from ._loop import evaluate, fit_loop, predict, say_why_stopped, validate_in_fit
 from ._precision import Precision, cast_task
 from ._program import compiler_options
 from ._resume import check_asked, go_back, resolve, restore
@@ -244,6 +244,7 @@ class Trainer(Facts):
                 self._bus.on_checkpoint(self, "end")
                 self._save_requested()
                 self._bus.on_train_end(self)
+            say_why_stopped(self, run)
             self._bus.on_fit_end(self)
             self._save_requested()
         trained: Any = self._bus.evaluation_task(self, self._run.state.task)

@@ -61,8 +61,17 @@ def test_a_request_to_stop_is_remembered(tmp_path, capsys):
     again.fit(Classifier(), loader(), resume="auto")
     assert again.global_step == 8
     assert again.stop_reason == "It is enough."
-    assert "asked to stop, and is again: It is enough." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "asked to stop, and is again: It is enough." in said
+    assert said.count("The fit was stopped at step 8: It is enough.") == 2
     assert_same(again.task, whole.task)
+
+
+def test_what_met_its_limits_was_not_stopped(tmp_path, capsys):
+    whole = trainer(tmp_path, AsksOnce(), max_steps=3)
+    whole.fit(Classifier(), loader())
+    assert whole.should_stop
+    assert "stopped" not in capsys.readouterr().err
 
 
 # Which checkpoint
