@@ -93,8 +93,8 @@ class AlbertTask(TaskModule):
         for pattern in self.recipe.frozen:
             if not any(re.search(pattern, path) for path in paths):
                 raise ValueError(
-                    f"`frozen={self.recipe.frozen}`: no parameter's path has `{pattern}` in it. "
-                    f"Paths are such as {', '.join(f'`{path}`' for path in paths[:4])}."
+                    f"`{pattern}` freezes nothing: no parameter's path has it in it. Paths "
+                    f"are such as {', '.join(f'`{path}`' for path in paths[:4])}."
                 )
 
     @property

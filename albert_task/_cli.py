@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, NoReturn
 from jaxlightning._checkpoint_files import CheckpointError
 from jaxlightning._nearest import nearest
 
-from ._options import PretrainOptions, flag
+from ._option import flag
+from ._options import PretrainOptions
 
 
 class _Parser(argparse.ArgumentParser):
@@ -369,14 +370,6 @@ def _typed(path: Path, name: str, value: Any, field: dataclasses.Field[Any]) -> 
                 f"`{type(one).__name__}`."
             )
         read.append(float(one) if number else one)
-    choices = how.get("choices")
-    for one in read:
-        if choices and one not in choices:
-            listed = ", ".join(f"`{choice}`" for choice in choices)
-            raise ValueError(
-                f"`{path}`: `{name}: {one}` is unknown; it is one of {listed}."
-                f"{nearest(str(one), choices)}"
-            )
     return tuple(read) if "nargs" in how else read[0]
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from ._config import _PRESETS
+from ._config import _PRESETS, REMATS
 from ._convert import from_pretrained, save_pretrained
 from ._fill_mask import fill_mask, pseudo_perplexity
 from ._finetune_options import DataOptions
 from ._kinds import KINDS, QuestionAnswering, predicted
 from ._model_names import NamesModel, check_model
-from ._options import PRECISIONS, option
+from ._option import check_values, option
+from ._options import PRECISIONS
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._rows import check_vocabulary
@@ -42,7 +43,7 @@ class FillMaskOptions:
         group="model",
         metavar="FILE",
     )
-    top_k: int = option(5, "guesses for each [MASK]", group="texts", type=int, metavar="N")
+    top_k: int = option(5, "guesses for each [MASK]", group="texts", type=int, least=1)
     score: bool = option(
         False,
         "print each text's pseudo-perplexity in place of guesses",
@@ -53,6 +54,7 @@ class FillMaskOptions:
     def __post_init__(self) -> None:
         if not self.text:
             raise ValueError("Give a text: `--text 'the quick [MASK] fox'`.")
+        check_values(self)
 
 
 def fill_masks(options: FillMaskOptions) -> int:
@@ -92,7 +94,7 @@ class AnswerOptions(DataOptions):
     model: str = option(
         "runs/finetune", "a model fine-tuned with --task qa", group="data", metavar="FOLDER"
     )
-    top_k: int = option(3, "answers to print", group="data", type=int, metavar="N")
+    top_k: int = option(3, "answers to print", group="data", type=int, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,14 +166,13 @@ class ExportOptions:
         metavar="FILE",
     )
     max_shard_size: int = option(
-        5_000_000_000, "bytes of a file of weights at most", group="model", type=int, metavar="N"
+        5_000_000_000, "bytes of a file of weights at most", group="model", type=int, least=1
     )
 
     def __post_init__(self) -> None:
         if (Path(self.out) / "run.json").is_file():
             raise ValueError(f"`{self.out}` is a run's folder. Choose another: `--out FOLDER`.")
-        if self.max_shard_size < 1:
-            raise ValueError(f"`--max-shard-size {self.max_shard_size}` has to be at least 1.")
+        check_values(self)
 
 
 def export(options: ExportOptions) -> int:
@@ -224,21 +225,22 @@ class PlanOptions(NamesModel):
         f"pretraining, mlm, {', '.join(KINDS)}",
         group="what",
         metavar="NAME",
-        choices=("pretraining", "mlm", *KINDS),
+        one_of=("pretraining", "mlm", *KINDS),
     )
     batch_size: int = option(
-        4096, "rows in a batch, over all devices", group="what", type=int, metavar="N"
+        4096, "rows in a batch, over all devices", group="what", type=int, least=1
     )
-    seq_len: int = option(512, "tokens in a row", group="what", type=int, metavar="N")
-    precision: str = option("bf16-mixed", ", ".join(PRECISIONS), group="what", metavar="NAME")
-    accumulate: int = option(
-        1, "batches accumulated for one step", group="what", type=int, metavar="N"
+    seq_len: int = option(512, "tokens in a row", group="what", type=int, least=1)
+    precision: str = option(
+        "bf16-mixed", ", ".join(PRECISIONS), group="what", metavar="NAME", one_of=PRECISIONS
     )
+    accumulate: int = option(1, "batches accumulated for one step", group="what", type=int, least=1)
     remat: str = option(
         "dots_with_no_batch_dims_saveable",
         "what layers keep for the backward pass; none: everything",
         group="what",
         metavar="NAME",
+        one_of=REMATS,
     )
     scan_layers: bool = option(
         False, "the layers as a loop in the program", group="what", action="store_true"
@@ -254,9 +256,7 @@ class PlanOptions(NamesModel):
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_len", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`--{name.replace('_', '-')}` has to be at least 1.")
+        check_values(self)
         check_model(self.model)
 
 

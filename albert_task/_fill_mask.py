@@ -62,7 +62,10 @@ def fill_mask(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: i
     check_tokens(row, task.config)
     blanks = np.flatnonzero(row[0] == special.mask)
     if not len(blanks):
-        raise ValueError(f"There is no `{_MASK}` in the text {text!r}. Write one where to guess.")
+        raise ValueError(
+            f"There is no `{_MASK}` in the text {text!r}. Write one where to guess. How likely a "
+            "whole text is, tell `albert fill-mask --score` and `pseudo_perplexity`."
+        )
     if not 1 <= top_k <= task.config.vocab_size - len(special):
         raise ValueError(
             f"`top_k={top_k}` has to lie between 1 and the number of pieces that are not special, "

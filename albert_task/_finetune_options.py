@@ -6,14 +6,13 @@ import dataclasses
 import re
 from pathlib import Path
 
-from jaxlightning._nearest import nearest
-
 from ._config import _PRESETS
 from ._features import Columns
 from ._kinds import KINDS, Kind, QuestionAnswering
 from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
-from ._options import PRECISIONS, devices_of, flag, option
+from ._option import check_values, option
+from ._options import PRECISIONS, devices_of
 from ._run_folder import read_json
 
 _DATA = (
@@ -33,10 +32,7 @@ class DataOptions:
         metavar="NAME",
     )
     pair_column: str | None = option(
-        None,
-        "the column of second texts, of choices, or of contexts",
-        group="data",
-        metavar="NAME",
+        None, "the column of second texts, of choices, or of contexts", group="data", metavar="NAME"
     )
     label_column: str | None = option(
         None, "the column of labels, or of answers", group="data", metavar="NAME"
@@ -46,30 +42,29 @@ class DataOptions:
         "tokens of an example at most (default: 128, and 384 for questions)",
         group="data",
         type=int,
-        metavar="N",
+        least=8,
     )
     doc_stride: int = option(
         128,
         "of questions: tokens from one window of a long text to the next",
         group="data",
         type=int,
-        metavar="N",
+        least=1,
     )
     max_query_length: int = option(
-        64, "of questions: tokens at most", group="data", type=int, metavar="N"
+        64, "of questions: tokens at most", group="data", type=int, least=1
     )
     n_best: int = option(
-        20, "of questions: candidates that are considered", group="data", type=int, metavar="N"
+        20, "of questions: candidates that are considered", group="data", type=int, least=1
     )
     max_answer_length: int = option(
-        30, "of questions: tokens of an answer at most", group="data", type=int, metavar="N"
+        30, "of questions: tokens of an answer at most", group="data", type=int, least=1
     )
     threshold: float = option(
         0.0,
         "of questions: by how much the score of no answer has to be higher to be taken",
         group="data",
         type=float,
-        metavar="X",
     )
     may_be_none: bool = option(
         False,
@@ -84,21 +79,15 @@ class DataOptions:
         metavar="FILE",
     )
     batch_size: int = option(
-        32, "examples in a batch, over all devices", group="computing", type=int, metavar="N"
+        32, "examples in a batch, over all devices", group="computing", type=int, least=1
     )
-    precision: str = option("32-true", ", ".join(PRECISIONS), group="computing", metavar="NAME")
+    precision: str = option(
+        "32-true", ", ".join(PRECISIONS), group="computing", metavar="NAME", one_of=PRECISIONS
+    )
     devices: str = option("auto", "how many devices, or auto", group="computing", metavar="N")
 
     def __post_init__(self) -> None:
-        for name, low in _LEAST.items():
-            value = getattr(self, name, None)
-            if value is not None and not value >= low:
-                raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"`--precision {self.precision}` is unknown; it is one of "
-                f"{', '.join(PRECISIONS)}.{nearest(self.precision, PRECISIONS)}"
-            )
+        check_values(self)
         devices_of(self.devices)
 
     def kind(self, name: str, longest: int) -> Kind:
@@ -148,26 +137,6 @@ ENCODING = (
 )
 """Options by which a model is used as it was trained: by default as in its run."""
 
-_LEAST = {
-    "max_length": 8,
-    "doc_stride": 1,
-    "max_query_length": 1,
-    "n_best": 1,
-    "max_answer_length": 1,
-    "batch_size": 1,
-    "epochs": 1,
-    "seeds": 1,
-    "seed": 0,
-    "warmup": 0,
-    "weight_decay": 0,
-    "clip": 0,
-    "accumulate": 1,
-    "unfreeze_every": 0,
-    "patience": 1,
-    "limit": 1,
-    "top_k": 1,
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(DataOptions, NamesModel):
@@ -183,7 +152,7 @@ class FinetuneOptions(DataOptions, NamesModel):
         "right one of several texts), qa (answers in a text, as SQuAD)",
         group="data",
         metavar="NAME",
-        choices=tuple(KINDS),
+        one_of=KINDS,
     )
     train: str | None = option(
         None, f"examples to learn from: {_DATA}", group="data", metavar="DATA"
@@ -195,11 +164,7 @@ class FinetuneOptions(DataOptions, NamesModel):
         metavar="DATA",
     )
     limit: int | None = option(
-        None,
-        "learn from so many of the examples, the first ones",
-        group="data",
-        type=int,
-        metavar="N",
+        None, "learn from so many of the examples, the first ones", group="data", type=int, least=1
     )
     model: str = option(
         "base",
@@ -209,7 +174,7 @@ class FinetuneOptions(DataOptions, NamesModel):
         metavar="NAME_OR_FOLDER",
     )
     epochs: int = option(
-        3, "passes over the examples", group="model and training", type=int, metavar="N"
+        3, "passes over the examples", group="model and training", type=int, least=1
     )
     lr: float | None = option(
         None,
@@ -217,44 +182,49 @@ class FinetuneOptions(DataOptions, NamesModel):
         group="model and training",
         also=("--learning-rate",),
         type=float,
-        metavar="X",
+        above=0,
     )
     warmup: float = option(
         0.1,
         "share of the run over which it rises",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
     )
     optimizer: str = option(
-        "adamw", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+        "adamw",
+        ", ".join(OPTIMIZERS),
+        group="model and training",
+        metavar="NAME",
+        one_of=OPTIMIZERS,
     )
     weight_decay: float = option(
-        0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
+        0.01, "decoupled weight decay", group="model and training", type=float, least=0
     )
     clip: float = option(
         1.0,
         "clip gradients to this global norm; 0: not at all",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
     )
     accumulate: int = option(
-        1, "batches accumulated for one step", group="model and training", type=int, metavar="N"
+        1, "batches accumulated for one step", group="model and training", type=int, least=1
     )
     dropout: float | None = option(
         None,
         "dropout in the model (default: what its configuration says)",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
     layer_decay: float = option(
         1.0,
         "learning rate of each stage further from the output, times as fast",
         group="model and training",
         type=float,
-        metavar="X",
+        above=0,
     )
     freeze: tuple[str, ...] = option(
         (),
@@ -268,24 +238,22 @@ class FinetuneOptions(DataOptions, NamesModel):
         "gradual unfreezing: steps from one stage to the next",
         group="model and training",
         type=int,
-        metavar="N",
+        least=0,
     )
     patience: int | None = option(
         None,
         "stop after so many epochs without improvement on the validation examples",
         group="model and training",
         type=int,
-        metavar="N",
+        least=1,
     )
-    seed: int = option(
-        0, "of new weights, dropout and order", group="the run", type=int, metavar="N"
-    )
+    seed: int = option(0, "of new weights, dropout and order", group="the run", type=int, least=0)
     seeds: int = option(
         1,
         "train so many times, with seeds from --seed on; the best one is kept",
         group="the run",
         type=int,
-        metavar="N",
+        least=1,
     )
     out: str = option("runs/finetune", "the folder of the run", group="the run", metavar="FOLDER")
 
@@ -293,18 +261,9 @@ class FinetuneOptions(DataOptions, NamesModel):
         super().__post_init__()
         if self.train is None:
             raise ValueError("There is nothing to learn from. Give some examples: `--train FILE`.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"`--optimizer {self.optimizer}` is unknown; it is one of "
-                f"{', '.join(OPTIMIZERS)}.{nearest(self.optimizer, OPTIMIZERS)}"
-            )
         check_model(self.model)
         if not self.warmup < 1:
             raise ValueError(f"`--warmup {self.warmup}` is a share of the run: write one below 1.")
-        if not self.layer_decay > 0:
-            raise ValueError(f"`--layer-decay {self.layer_decay}` has to be above 0.")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"`--lr {self.lr}` has to be above 0.")
         for pattern in self.freeze:
             try:
                 re.compile(pattern)
@@ -312,8 +271,6 @@ class FinetuneOptions(DataOptions, NamesModel):
                 raise ValueError(
                     f"`--freeze '{pattern}'` is no regular expression: {error}."
                 ) from None
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"`--dropout {self.dropout}` has to be at least 0 and below 1.")
         if self.patience is not None and self.validation is None:
             raise ValueError(
                 "`--patience` counts epochs without improvement on validation examples. Give "

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
-
-from jaxlightning._nearest import nearest
 
 from ._config import _PRESETS, AlbertConfig
 from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
+from ._option import check_values, flag, option
 
 OBJECTIVES = ("mlm", "mlm+sop")
 SCHEDULES = (
@@ -28,13 +26,6 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
 _PEAKS = {512: 4e-3, 1024: 5e-4, 2048: 3e-4}
 """The peak learning rate of models that are narrower than this."""
 _WIDE_PEAK = 1e-4
-
-
-def option(default: Any, help: str, *, group: str, also: tuple[str, ...] = (), **how: Any) -> Any:
-    """A field that is also an option of the command line, where `also` are further names of it
-    and `how` goes to `add_argument`."""
-    metadata = {"help": help, "group": group, "also": also, "how": how}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 _STEPS = 1500
@@ -85,14 +76,12 @@ class PretrainOptions(NamesModel):
         "pieces of the tokenizer that is trained (default 8000)",
         group="data",
         type=int,
-        metavar="N",
+        least=6,
     )
     val_fraction: float = option(
-        0.05, "share of the tokens kept for validation", group="data", type=float, metavar="X"
+        0.05, "share of the tokens kept for validation", group="data", type=float, above=0, below=1
     )
-    val_rows: int = option(
-        1024, "rows a validation uses at most", group="data", type=int, metavar="N"
-    )
+    val_rows: int = option(1024, "rows a validation uses at most", group="data", type=int, least=1)
 
     weights: tuple[float, ...] = option(
         (),
@@ -100,7 +89,6 @@ class PretrainOptions(NamesModel):
         group="data",
         nargs="+",
         type=float,
-        metavar="X",
     )
     streaming: bool = option(
         False,
@@ -115,27 +103,29 @@ class PretrainOptions(NamesModel):
         "in the paper",
         group="objective",
         metavar="NAME",
+        one_of=OBJECTIVES,
     )
     ngram: int = option(
         0,
         "mask up to so many whole words together, 3 in the paper; 0: single tokens",
         group="objective",
         type=int,
-        metavar="N",
+        least=0,
     )
     mask_probability: float = option(
         0.15,
         "share of the tokens that are to be predicted",
         group="objective",
         type=float,
-        metavar="X",
+        above=0,
+        below=1,
     )
     predictions: int | None = option(
         None,
         "in place of that: so many in each row, such as 20 of 128",
         group="objective",
         type=int,
-        metavar="N",
+        least=1,
     )
     packed: bool = option(
         False,
@@ -148,7 +138,8 @@ class PretrainOptions(NamesModel):
         "probability of a shorter text, with --objective mlm+sop or --packed",
         group="objective",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
 
     model: str = option(
@@ -164,19 +155,19 @@ class PretrainOptions(NamesModel):
         "optimizer steps (default: 1500, where --epochs says nothing else)",
         group="model and training",
         type=int,
-        metavar="N",
+        least=1,
     )
     epochs: int | None = option(
         None,
         "passes over the text, in place of --steps",
         group="model and training",
         type=int,
-        metavar="N",
+        least=1,
     )
     batch_size: int = option(
-        32, "rows in a batch, over all devices", group="model and training", type=int, metavar="N"
+        32, "rows in a batch, over all devices", group="model and training", type=int, least=1
     )
-    seq_len: int = option(64, "tokens in a row", group="model and training", type=int, metavar="N")
+    seq_len: int = option(64, "tokens in a row", group="model and training", type=int, least=3)
     lr: float | None = option(
         None,
         "the peak learning rate (default: by the model's width, "
@@ -185,14 +176,14 @@ class PretrainOptions(NamesModel):
         group="model and training",
         also=("--learning-rate",),
         type=float,
-        metavar="X",
+        above=0,
     )
     warmup: float = option(
         0.05,
         "the warm-up: below 1 a share of the run, otherwise steps",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
     )
     schedule: str = option(
         "cosine",
@@ -200,9 +191,10 @@ class PretrainOptions(NamesModel):
         "google-research/albert",
         group="model and training",
         metavar="NAME",
+        one_of=SCHEDULES,
     )
     optimizer: str = option(
-        "muon", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME"
+        "muon", ", ".join(OPTIMIZERS), group="model and training", metavar="NAME", one_of=OPTIMIZERS
     )
     scale_lr: bool = option(
         False,
@@ -215,62 +207,76 @@ class PretrainOptions(NamesModel):
         "keep an exponential moving average of the weights with this decay, and use it",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
     weight_decay: float = option(
-        0.01, "decoupled weight decay", group="model and training", type=float, metavar="X"
+        0.01, "decoupled weight decay", group="model and training", type=float, least=0
     )
     b1: float | None = option(
         None,
         "decay of the optimizer's first moment, or momentum (default: 0.9; 0.95 of Muon's)",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
     b2: float = option(
         0.98,
         "decay of the optimizer's second moment",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
     clip: float = option(
         1.0,
         "clip gradients to this global norm; 0: not at all",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
     )
     dropout: float | None = option(
         None,
         "dropout in the model (default: what the model's configuration says)",
         group="model and training",
         type=float,
-        metavar="X",
+        least=0,
+        below=1,
     )
     precision: str = option(
-        "32-true", ", ".join(PRECISIONS), group="model and training", metavar="NAME"
+        "32-true",
+        ", ".join(PRECISIONS),
+        group="model and training",
+        metavar="NAME",
+        one_of=PRECISIONS,
     )
     accumulate: int = option(
-        1, "batches accumulated for one step", group="model and training", type=int, metavar="N"
+        1, "batches accumulated for one step", group="model and training", type=int, least=1
     )
     steps_per_dispatch: int = option(
         1,
         "steps in one compiled program: faster where steps are very short",
         group="model and training",
         type=int,
-        metavar="N",
+        least=1,
     )
     devices: str = option(
         "auto", "how many devices, or auto", group="model and training", metavar="N"
     )
-    strategy: str = option("auto", "auto, ddp or fsdp", group="model and training", metavar="NAME")
+    strategy: str = option(
+        "auto",
+        "auto, ddp or fsdp",
+        group="model and training",
+        metavar="NAME",
+        one_of=("auto", "ddp", "fsdp"),
+    )
     seed: int = option(
         0,
         "of initial values, masks, order and split",
         group="model and training",
         type=int,
-        metavar="N",
+        least=0,
     )
 
     out: str = option("runs/pretrain", "the folder of the run", group="the run", metavar="FOLDER")
@@ -279,10 +285,10 @@ class PretrainOptions(NamesModel):
         "steps from one validation and checkpoint to the next",
         group="the run",
         type=int,
-        metavar="N",
+        least=1,
     )
     log_interval: int = option(
-        25, "steps from one log entry to the next", group="the run", type=int, metavar="N"
+        25, "steps from one log entry to the next", group="the run", type=int, least=1
     )
     max_time: str | None = option(
         None,
@@ -295,14 +301,14 @@ class PretrainOptions(NamesModel):
         "stop after so many validations without improvement",
         group="the run",
         type=int,
-        metavar="N",
+        least=1,
     )
     keep: int = option(
         1,
         "checkpoints to keep, the best ones; the latest besides",
         group="the run",
         type=int,
-        metavar="N",
+        least=1,
     )
     deterministic: bool = option(
         False, "choose deterministic kernels on GPUs", group="the run", action="store_true"
@@ -314,19 +320,28 @@ class PretrainOptions(NamesModel):
         action="store_true",
     )
     profile: bool = option(
-        False,
-        "trace some steps for TensorBoard and Perfetto",
-        group="the run",
-        action="store_true",
+        False, "trace some steps for TensorBoard and Perfetto", group="the run", action="store_true"
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_values(self)
+        check_model(self.model)
+        devices_of(self.devices)
+        if self.max_time is not None:
+            from jaxlightning.callbacks._timer import (  # type: ignore[import-not-found]
+                parse_duration,
+            )
+
+            parse_duration(self.max_time, "--max-time")
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "steps", _STEPS)
         if self.epochs is not None and self.steps is not None:
             raise ValueError("`--steps` and `--epochs` are two lengths of the run. Give one.")
-        _check_numbers(self)
+        if self.steps is not None and self.warmup_amount >= self.steps:
+            raise ValueError(
+                f"`--warmup {self.warmup:g}` takes all of the `--steps {self.steps}`. Write a "
+                "share such as `--warmup 0.05`."
+            )
         if self.weights and len(self.weights) != len(self.text):
             raise ValueError(
                 f"There are {len(self.weights)} `--weights`, but {len(self.text)} globs of "
@@ -417,11 +432,6 @@ class PretrainOptions(NamesModel):
         return config
 
 
-def flag(name: str) -> str:
-    """The command line's name of an option."""
-    return "--" + name.replace("_", "-")
-
-
 def devices_of(text: str) -> str | int:
     """What `--devices` means to a Trainer. **Raises:** `ValueError` for what means nothing."""
     if text == "auto":
@@ -429,71 +439,3 @@ def devices_of(text: str) -> str | int:
     if not re.fullmatch(r"[1-9][0-9]*", text):
         raise ValueError(f"`--devices {text}` is neither `auto` nor a number above 0.")
     return int(text)
-
-
-def _check_choices(options: PretrainOptions) -> None:
-    choices: Mapping[str, Iterable[str]] = {
-        "objective": OBJECTIVES,
-        "optimizer": OPTIMIZERS,
-        "schedule": SCHEDULES,
-        "precision": PRECISIONS,
-        "strategy": ("auto", "ddp", "fsdp"),
-    }
-    for name, known in choices.items():
-        value = getattr(options, name)
-        if value not in known:
-            listed = ", ".join(f"`{choice}`" for choice in known)
-            raise ValueError(
-                f"`{flag(name)} {value}` is unknown; it is one of {listed}.{nearest(value, known)}"
-            )
-    check_model(options.model)
-    devices_of(options.devices)
-
-
-def _check_numbers(options: PretrainOptions) -> None:
-    least: Mapping[str, float] = {
-        "vocab_size": 6,
-        "val_rows": 1,
-        "steps": 1,
-        "batch_size": 1,
-        "seq_len": 3,
-        "accumulate": 1,
-        "steps_per_dispatch": 1,
-        "warmup": 0,
-        "weight_decay": 0,
-        "clip": 0,
-        "dropout": 0,
-        "seed": 0,
-        "ngram": 0,
-        "predictions": 1,
-        "short": 0,
-        "ema": 0,
-        "eval_interval": 1,
-        "log_interval": 1,
-        "patience": 1,
-        "epochs": 1,
-        "keep": 1,
-        "b1": 0,
-        "b2": 0,
-    }
-    for name, low in least.items():
-        value = getattr(options, name)
-        if value is not None and not value >= low:
-            raise ValueError(f"`{flag(name)} {value}` has to be at least {low}.")
-    for name in ("b1", "b2", "short", "ema"):
-        value = getattr(options, name)
-        if value is not None and not value < 1:
-            raise ValueError(f"`{flag(name)} {getattr(options, name)}` has to be below 1.")
-    for name in ("val_fraction", "mask_probability"):
-        value = getattr(options, name)
-        if not 0 < value < 1:
-            raise ValueError(f"`{flag(name)} {value}` has to lie between 0 and 1.")
-    if options.dropout is not None and not options.dropout < 1:
-        raise ValueError(f"`--dropout {options.dropout}` has to be below 1.")
-    if options.lr is not None and not options.lr > 0:
-        raise ValueError(f"`--lr {options.lr}` has to be above 0.")
-    if options.steps is not None and options.warmup_amount >= options.steps:
-        raise ValueError(
-            f"`--warmup {options.warmup:g}` takes all of the `--steps {options.steps}`. Write a "
-            "share such as `--warmup 0.05`."
-        )

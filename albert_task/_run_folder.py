@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxlightning._checkpoint_files import RunLock, RunLocked
 
-from ._options import flag
+from ._option import flag
 
 
 def run_folder(path: str | Path) -> Path:

@@ -185,7 +185,10 @@ def test_hyperparameters_make_the_same_task_again():
         ({"predictions": 0}, "`predictions=0` has to be at least 1"),
         ({"max_ngram": 0}, "`max_ngram=0` has to be at least 1"),
         ({"word_starts": WordStarts.from_table([True] * 8)}, "is of a tokenizer of 8 pieces"),
-        ({"frozen": ("encoder",)}, r"no parameter's path has `encoder` in it. Paths are such as"),
+        (
+            {"frozen": ("encoder",)},
+            r"`encoder` freezes nothing: no parameter's path has it in it. Paths are",
+        ),
     ],
 )
 def test_options_that_cannot_be(options, message):

@@ -8,7 +8,8 @@ import pytest
 
 from albert_task import _stages
 from albert_task._cli import main
-from albert_task._options import PretrainOptions, flag
+from albert_task._option import flag
+from albert_task._options import PretrainOptions
 from albert_task._run_folder import begin_run, run_folder
 from albert_task._stages import prepare
 from albert_task._tokenizer import load_tokenizer, tokenizer_hash
@@ -102,10 +103,11 @@ def test_help_lists_every_option(capsys):
         ({"lr": 0.0}, r"`--lr 0.0` has to be above 0"),
         ({"lr": float("nan")}, r"`--lr nan` has to be above 0"),
         ({"weight_decay": -1.0}, r"`--weight-decay -1.0` has to be at least 0"),
-        ({"val_fraction": 1.0}, r"`--val-fraction 1.0` has to lie between 0 and 1"),
-        ({"mask_probability": 0.0}, r"`--mask-probability 0.0` has to lie between 0 and 1"),
-        ({"dropout": 1.0}, r"`--dropout 1.0` has to be below 1"),
+        ({"val_fraction": 1.0}, r"`--val-fraction 1.0` has to be above 0 and below 1"),
+        ({"mask_probability": 0.0}, r"`--mask-probability 0.0` has to be above 0 and below 1"),
+        ({"dropout": 1.0}, r"`--dropout 1.0` has to be at least 0 and below 1"),
         ({"warmup": 300.0, "steps": 300}, r"`--warmup 300` takes all of the `--steps 300`"),
+        ({"max_time": "3h"}, r'`--max-time="3h"` is no duration. Write `--max-time="00:12:00:00"`'),
         ({"text": ("a",), "dataset": "b"}, r"`--text` and `--dataset` are two sources"),
         ({"dataset_config": "en"}, r"`--dataset-config` says something about `--dataset`"),
         ({"text_column": "body"}, r"`--text-column` says something about"),

@@ -69,7 +69,7 @@ def test_a_run_as_in_the_paper(texts, tmp_path, capsys):
         (["--schedule", "reference", "--epochs", "2"], "needs their number: `--steps N`"),
         (["--predictions", "64"], "leave nothing to predict from"),
         (["--ngram", "-1"], "`--ngram -1` has to be at least 0"),
-        (["--ema", "1"], "`--ema 1.0` has to be below 1"),
+        (["--ema", "1"], "`--ema 1.0` has to be at least 0 and below 1"),
         (["--streaming"], "`--streaming` says something about `--dataset`"),
     ],
 )
