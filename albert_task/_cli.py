@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 from jaxlightning._checkpoint_files import CheckpointError
 from jaxlightning._nearest import nearest
 
+from ._files import write_text
 from ._option import flag
 from ._options import PretrainOptions
 
@@ -385,7 +386,4 @@ def _yaml(options: Any) -> str:
 
 
 def _save(options: Any, folder: Path) -> None:
-    path = folder / "config.yaml"
-    scratch = path.with_name(".config.yaml-writing")
-    scratch.write_text(_yaml(options), encoding="utf-8")
-    scratch.replace(path)
+    write_text(folder / "config.yaml", _yaml(options))

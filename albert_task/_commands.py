@@ -10,6 +10,7 @@ import jax
 
 from ._config import _PRESETS, REMATS
 from ._convert import from_pretrained, save_pretrained
+from ._files import read_json
 from ._fill_mask import fill_mask, pseudo_perplexity
 from ._finetune_options import DataOptions
 from ._kinds import KINDS, QuestionAnswering, predicted
@@ -19,7 +20,7 @@ from ._options import PRECISIONS
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._rows import check_vocabulary
-from ._run_folder import read_json, run_folder
+from ._run_folder import run_folder
 from ._squad import Question
 from ._tasks import AlbertForMaskedLM
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +29,7 @@ from ._classification import (
     AlbertForTokenClassification,
 )
 from ._config import AlbertConfig, unnamed_labels
+from ._files import whole, write_json, write_text
 from ._model import Albert
 from ._model_names import TOKENIZER_FILES, config_file, model_folder
 from ._names import from_tensors, lacking, to_tensors, unread
@@ -202,14 +201,15 @@ def save_pretrained(
             f"task of {', '.join(f'`{name}`' for name in MODELS)}."
         )
     config = {**model.config.to_dict(), "architectures": [kind]}
-    _write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     _save_tensors(to_tensors(model), folder, max_shard_size)
     if isinstance(tokenizer, str | Path):
         for name in TOKENIZER_FILES:
             if (Path(tokenizer) / name).is_file():
-                shutil.copyfile(Path(tokenizer) / name, folder / name)
+                with whole(folder / name) as scratch:
+                    shutil.copyfile(Path(tokenizer) / name, scratch)
     elif tokenizer is not None:
-        _write(folder / "tokenizer.json", tokenizer.to_str())
+        write_text(folder / "tokenizer.json", tokenizer.to_str())
 
 
 def _save_tensors(tensors: dict[str, Shaped[np.ndarray, ...]], folder: Path, limit: int) -> None:
@@ -223,45 +223,20 @@ def _save_tensors(tensors: dict[str, Shaped[np.ndarray, ...]], folder: Path, lim
             size = 0
         shards[-1][name] = array
         size += array.nbytes
-    whole = len(shards) == 1
+    single = len(shards) == 1
     names = [
-        "model.safetensors" if whole else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        "model.safetensors" if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        with _replacing(folder / name) as scratch:
+        with whole(folder / name) as scratch:
             save_file(shard, scratch, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
-    if whole:
+    if single:
         index.unlink(missing_ok=True)
         return
     places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
     total = sum(array.nbytes for array in tensors.values())
     content = {"metadata": {"total_size": total}, "weight_map": places}
-    _write(index, json.dumps(content, indent=2) + "\n")
+    write_json(index, content)
     (folder / "model.safetensors").unlink(missing_ok=True)
-
-
-class _replacing:
-    """A scratch file, which takes the place of `path` where nothing failed."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Path:
-        number, name = tempfile.mkstemp(prefix=f".{self.path.name}-", dir=self.path.parent)
-        os.close(number)
-        self.scratch = Path(name)
-        return self.scratch
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.scratch.chmod(0o644)
-            self.scratch.replace(self.path)
-        else:
-            self.scratch.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with _replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")

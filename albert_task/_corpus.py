@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._files import write_rows
+
 # Folders whose sources hold no prose, other packages' sources, or this project's own.
 _LEFT_OUT = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "_vendor",
@@ -142,15 +144,7 @@ def build_corpus(
 
 def write_corpus(corpus: Corpus, path: str | Path) -> None:
     """Writes the documents as JSON lines, `{"name": ..., "text": ...}`, whole or not at all."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            for document in corpus.documents:
-                file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_rows(Path(path), (document._asdict() for document in corpus.documents))
 
 
 def _cores() -> int:

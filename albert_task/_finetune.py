@@ -40,12 +40,13 @@ from ._config import _PRESETS, AlbertConfig
 from ._convert import from_pretrained, save_pretrained
 from ._encoded import BucketLoader, Encoded
 from ._features import label_names
+from ._files import read_json, write_json, write_rows
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
-from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted, write_rows
+from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted
 from ._model_names import model_folder
 from ._options import devices_of
 from ._rows import check_vocabulary
-from ._run_folder import as_json, begin_run, check_same_run, read_json, write_json
+from ._run_folder import as_json, begin_run, check_same_run
 from ._tables import Table
 from ._tokenizer import load_tokenizer, special_ids, tokenizer_hash
 

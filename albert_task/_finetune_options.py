@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ._config import _PRESETS
 from ._features import Columns
+from ._files import read_json
 from ._kinds import KINDS, Kind, QuestionAnswering
 from ._model_names import NamesModel, check_model
 from ._optimizers import OPTIMIZERS
 from ._option import check_values, option
 from ._options import PRECISIONS, devices_of
-from ._run_folder import read_json
 
 _DATA = (
     "a file (.tsv, .csv, .jsonl, .parquet, SQuAD's .json), a folder of a saved dataset, or "

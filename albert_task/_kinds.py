@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -424,12 +423,3 @@ def check_writable(path: Path) -> None:
         raise OSError(f"`{path}` is a folder. Name a file: `--out FILE`.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OSError(f"`{path.parent}` is no folder that can be written into: `--out FILE`.")
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line, all or nothing."""
-    scratch = path.with_name(f".{path.name}-writing")
-    with scratch.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    scratch.replace(path)

@@ -31,10 +31,11 @@ from jaxlightning.callbacks import (
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._convert import from_pretrained, save_pretrained
+from ._files import read_json, write_json
 from ._fill_mask import Guess, fill_mask
 from ._options import PretrainOptions, devices_of
 from ._pretraining_task import AlbertForPreTraining
-from ._run_folder import begin_run, read_json, write_json
+from ._run_folder import begin_run
 from ._stages import Prepared
 from ._tasks import AlbertForMaskedLM
 from ._tokenizer import WordStarts

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from jaxlightning._checkpoint_files import RunLock, RunLocked
 
+from ._files import read_json, write_json
 from ._option import flag
 
 
@@ -105,19 +105,3 @@ def begin_run(folder: Path, identity: dict[str, Any]) -> None:
 def as_json(content: dict[str, Any]) -> dict[str, Any]:
     """`content` as `read_json` gives it back: tuples as lists."""
     return json.loads(json.dumps(content))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; `None` where there is no such file, or it holds something else."""
-    try:
-        content = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n")
-    scratch.replace(path)

@@ -22,8 +22,9 @@ import numpy as np
 from ._config import AlbertConfig
 from ._corpus import build_corpus, python_sources, write_corpus
 from ._data import PretrainingData
+from ._files import read_json, write_json
 from ._options import PretrainOptions
-from ._run_folder import as_json, check_same_run, read_json, run_folder, write_json
+from ._run_folder import as_json, check_same_run, run_folder
 from ._segments import SegmentRows
 from ._store import TokenStore, encode_documents, open_tokens
 from ._text import AllText, TextFiles, TextSource, open_dataset

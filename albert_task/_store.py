@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
 from ._corpus import Document
+from ._files import write_json
 from ._sentences import sentences
 from ._tokenizer import SpecialIds, of_plain_text, special_ids, tokenizer_hash
 
@@ -175,10 +176,8 @@ class _Part:
                 array.tofile(file)
             self.sizes[name] += array.nbytes
         self.read += read
-        scratch = self.folder / "progress.new"
         content = {"made_of": self.made_of, "sizes": self.sizes, "read": self.read}
-        scratch.write_text(json.dumps(content))
-        scratch.replace(self.folder / "progress.json")
+        write_json(self.folder / "progress.json", content)
 
     def finish(self, folder: Path) -> None:
         lengths = np.fromfile(self.folder / "lengths.bin", np.int64)
