@@ -22,7 +22,7 @@ from ._config import AlbertConfig
 from ._layers import named_key
 from ._model import Albert
 from ._optimizers import Recipe, computed_beside
-from ._rows import Rows
+from ._rows import Rows, check_numbers
 
 _Task = TypeVar("_Task", bound="AlbertTask")
 
@@ -112,6 +112,21 @@ class AlbertTask(TaskModule):
             positions=rows.positions,
             key=named_key(key, "dropout") if key is not None else None,
         )
+
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Below which number the integers of a batch have to lie, by their name."""
+        config = self.config
+        return {
+            "tokens": config.vocab_size,
+            "input_ids": config.vocab_size,
+            "token_type_ids": config.type_vocab_size,
+            "position_ids": config.max_position_embeddings,
+        }
+
+    def check_batch(self, batch: PyTree) -> None:
+        """**Raises:** `ValueError` for ids and labels that the model does not have."""
+        if isinstance(batch, Mapping):  # if not, the step says so
+            check_numbers(batch, self.limits(batch))
 
     def configure_optimizers(self) -> optax.GradientTransformation:
         return self.recipe.build(self.config.num_hidden_groups)

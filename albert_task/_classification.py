@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -56,7 +58,7 @@ class AlbertForSequenceClassification(AlbertTask):
 
     @classmethod
     def parts(cls, config: AlbertConfig, key: PRNGKeyArray) -> dict[str, Any]:
-        out = len(config.labels) or 2
+        out = _classes(config)
         return {
             "albert": Albert(config, key=named_key(key, "albert")),
             "classifier": Classifier(config, out, key=named_key(key, "classifier")),
@@ -101,6 +103,10 @@ class AlbertForSequenceClassification(AlbertTask):
         }
         return Mean.over(optax.sigmoid_binary_cross_entropy(logits, labels), each), metrics
 
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        single = self.problem_type == "single_label_classification"
+        return super().limits(batch) | ({"labels": _classes(self.config)} if single else {})
+
     def predict_step(
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> dict[str, Float[Array, "batch labels"]]:
@@ -120,7 +126,7 @@ class AlbertForTokenClassification(AlbertTask):
 
     @classmethod
     def parts(cls, config: AlbertConfig, key: PRNGKeyArray) -> dict[str, Any]:
-        out = len(config.labels) or 2
+        out = _classes(config)
         return {
             "albert": Albert(config, key=named_key(key, "albert"), pooler=False),
             "classifier": Classifier(config, out, key=named_key(key, "classifier")),
@@ -142,6 +148,9 @@ class AlbertForTokenClassification(AlbertTask):
         if say_entities(self.config.labels):
             metrics["f1"] = entity_f1(logits.argmax(-1), labels, weights, self.config.labels)
         return loss, metrics
+
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return super().limits(batch) | {"labels": _classes(self.config)}
 
     def predict_step(
         self, batch: dict[str, Any], *, key: PRNGKeyArray
@@ -193,10 +202,18 @@ class AlbertForMultipleChoice(AlbertTask):
         loss = Mean.over(_nll(logits, labels), weights)
         return loss, {"accuracy": Accuracy.of(logits, labels, where=weights)}
 
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        shape = np.shape(batch.get("tokens", batch.get("input_ids")))
+        return super().limits(batch) | ({"labels": shape[1]} if len(shape) == 3 else {})
+
     def predict_step(
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> dict[str, Float[Array, "batch choices"]]:
         return {"logits": self.logits(batch)}
+
+
+def _classes(config: AlbertConfig) -> int:
+    return len(config.labels) or 2
 
 
 def _nll(logits: Float[Array, "batch classes"], labels: Array) -> Float[Array, " batch"]:

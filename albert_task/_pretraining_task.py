@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -56,6 +57,9 @@ class AlbertForPreTraining(AlbertForMaskedLM):
         sop = Mean.over(cross_entropy(logits, labels), known)
         metrics["sop_accuracy"] = Accuracy.of(logits, labels, where=known)
         return {"mlm": mlm, "sop": sop}, metrics
+
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return super().limits(batch) | {"sentence_order_label": 2}
 
     def order_logits(
         self,

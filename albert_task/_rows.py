@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,43 @@ class Rows(NamedTuple):
         )
 
 
+def check_numbers(batch: Mapping[str, Any], limits: Mapping[str, int]) -> None:
+    """Checks a batch on the host, where its numbers can be looked at.
+
+    **Arguments:**
+
+    - `limits`: the integers of that name lie below this, from 0 on. What is called a label may also
+      be -100, and anything in rows whose `example_weight` is 0.
+
+    **Raises:** `ValueError` for others.
+    """
+    for name, limit in limits.items():
+        array = np.asarray(batch.get(name, 0))
+        if array.dtype.kind not in "iu" or not array.size:
+            continue
+        if array.min() >= 0 and array.max() < limit:
+            continue
+        wrong = (array < 0) | (array >= limit)
+        is_label = "label" in name
+        if is_label:
+            counts = np.asarray(batch.get("example_weight", 1.0)) != 0
+            wrong &= (array != IGNORED) & counts.reshape(-1, *[1] * (array.ndim - 1))
+        if wrong.any():
+            at = tuple(np.argwhere(wrong)[0].tolist())
+            unless = f", or be {IGNORED} where there is none" if is_label else ""
+            raise ValueError(
+                f"The batch's `{name}` has {array[at]} at {list(at)}, but has to lie between 0 and "
+                f"{limit - 1} here{unless}. {_WHY.get(name, '')}".rstrip()
+            )
+
+
+_OF_TOKENIZER = (
+    "The model is made for the tokenizer: "
+    '`AlbertConfig.preset("small", vocab_size=tokenizer.get_vocab_size())`.'
+)
+_WHY = {"tokens": _OF_TOKENIZER, "input_ids": _OF_TOKENIZER}
+
+
 def check_tokens(tokens: Int[np.ndarray, "batch seq"], config: AlbertConfig) -> None:
     """Checks rows of ids on the host, where the compiled step cannot look at values.
 
@@ -110,14 +148,7 @@ def check_tokens(tokens: Int[np.ndarray, "batch seq"], config: AlbertConfig) -> 
             f"The rows have {tokens.shape[1]} tokens, but the model has positions for "
             f"`max_position_embeddings={config.max_position_embeddings}`. Cut the rows."
         )
-    wrong = np.argwhere((tokens < 0) | (tokens >= config.vocab_size))
-    if len(wrong):
-        row, column = wrong[0].tolist()
-        raise ValueError(
-            f"The token {tokens[row, column]} (row {row}, position {column}) is no id of a model "
-            f"of `vocab_size={config.vocab_size}`. Make the model for the tokenizer: "
-            '`AlbertConfig.preset("small", vocab_size=tokenizer.get_vocab_size())`.'
-        )
+    check_numbers({"tokens": tokens}, {"tokens": config.vocab_size})
 
 
 def check_vocabulary(size: int, config: AlbertConfig) -> None:

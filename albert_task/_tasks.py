@@ -101,6 +101,9 @@ class AlbertForMaskedLM(AlbertTask):
         loss, metrics, _ = self.masked_lm(Rows.read(batch, self.config), key)
         return loss, metrics
 
+    def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        return super().limits(batch) | {"labels": self.config.vocab_size}
+
     def masked_lm(
         self, rows: Rows, key: PRNGKeyArray
     ) -> tuple[Mean, dict[str, Metric], Float[Array, "batch seq hidden"]]:

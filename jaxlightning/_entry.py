@@ -32,6 +32,7 @@ def entered(
             # Not before: it has to be unset again, whatever happens.
             trainer._sources, trainer._stage_entry = sources, entry
             trainer._bus = setting_up.bus_for(trainer, task)
+            trainer._check_batch = task.check_batch
             settle_versions(trainer, checkpoint)
             for logger in trainer.loggers:
                 logger.check(*trainer._default_folder)

@@ -197,7 +197,12 @@ def _guards(trainer: Trainer, task: TaskModule, callbacks: list[Callback]) -> li
 
 def make_feed(trainer: Trainer, loader: Any, name: str, limit: int | float) -> Feed:
     return Feed(
-        loader, trainer._placement, name=name, limit=limit, poll=trainer._signals.poll_waiting
+        loader,
+        trainer._placement,
+        name=name,
+        limit=limit,
+        poll=trainer._signals.poll_waiting,
+        check=trainer._check_batch,
     )
 
 

@@ -143,6 +143,19 @@ class TaskModule(eqx.Module):
             "`def predict_step(self, batch, *, key): ...` and return a pytree of arrays."
         )
 
+    def check_batch(self, batch: PyTree) -> None:
+        """Looks at the numbers of a batch, which a compiled step cannot do.
+
+            def check_batch(self, batch):
+                if batch["y"].max() >= self.classes:
+                    raise ValueError(f"There is no class {batch['y'].max()}.")
+
+        Called on the host, with numpy's arrays, of each batch that is read, in the thread that
+        reads ahead; of several processes, each sees its own rows. Not called of batches whose
+        arrays lie on the devices already, but for the first. An error that it raises ends the run
+        where the batch would have been taken, and is told which batch that was.
+        """
+
     def train_step(
         self, state: TrainState, batch: PyTree, *, key: PRNGKeyArray
     ) -> tuple[TrainState, dict[str, Any]]:

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import PRNGKeyArray, PyTree
 
 from . import _setup as setting_up
 from ._arguments import ELSEWHERE, Arguments
@@ -162,6 +162,7 @@ class Trainer(Facts):
         self._stream: MetricStream = NoStream()
         self._schedule = Schedule(None)
         self._sources: Sources = None  # type: ignore[assignment]
+        self._check_batch: Callable[[PyTree], None] = lambda batch: None
         self._val_feeds: dict[str, Feed] = {}
         self._eval_feeds: dict[str, dict[str, Feed]] = {}
         self._callback_states: dict[str, Any] | None = None

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import equinox as eqx
 import jax
@@ -17,15 +16,10 @@ from albert_task import (
     Albert,
     AlbertConfig,
     AlbertForMaskedLM,
-    AlbertForSequenceClassification,
     Recipe,
     SpecialIds,
     _losses,
-    check_tokens,
-    check_vocabulary,
     mask_tokens,
-    special_ids,
-    train_tokenizer,
 )
 from albert_task._layers import named_key
 from albert_task._rows import Rows
@@ -378,93 +372,3 @@ def test_hyperparameters_make_the_same_task_again():
     again = AlbertForMaskedLM.init(config, KEY, special=special, **stored)
     assert jax.tree.structure(again) == jax.tree.structure(task)
     assert_same(again, task)
-
-
-# Bad batches
-
-
-def fit(batch):
-    quiet(max_steps=1).fit(tiny_albert.task(ONE), DataLoader(batch, 2))
-
-
-@pytest.mark.parametrize(
-    ("batch", "error", "message"),
-    [
-        ({"text": rows(2)}, KeyError, r"looked up `tokens`.* keys are \['text'\]"),
-        ({"token": rows(2)}, ValueError, "read no `token` in a batch. Did you mean `tokens`"),
-        (
-            {"input_ids": rows(2), "attention_masks": rows(2)},
-            ValueError,
-            "read no `attention_masks` in a batch. Did you mean `attention_mask`",
-        ),
-        (
-            {"input_ids": rows(2), "attention_mask": rows(2, 11)},
-            ValueError,
-            r"`attention_mask` is \(2, 11\), and that of `input_ids` is \(2, 12\), but has to",
-        ),
-        ({"tokens": rows(2)[:, 0]}, ValueError, r"`tokens` is \(2,\), but has to be \(batch, seq"),
-        ({"tokens": np.float32(rows(2))}, ValueError, "type `float32`, but has to hold integers"),
-        ({"tokens": rows(2, 21)}, ValueError, "The rows have 21 tokens, but .* positions for 20"),
-    ],
-    ids=["none", "token", "masks", "shapes", "rank", "float", "long"],
-)
-def test_batches_that_cannot_be(batch, error, message):
-    with pytest.raises(error, match=message):
-        fit(batch)
-
-
-def test_lists_are_no_arrays():
-    with pytest.raises(ValueError, match=r"`tokens` is a `list`. Make it an array: `np.asarray"):
-        Rows.read({"tokens": [[2, 3]]}, TINY)
-
-
-def test_further_keys_are_let_through():
-    tokens = jnp.asarray(rows())
-    more = {"special_tokens_mask": tokens, "idx": tokens[:, 0], "sentence_order_label": tokens}
-    assert Rows.read({"input_ids": tokens} | more, TINY).tokens is tokens
-
-
-def test_tokens_are_checked_on_the_host():
-    check_tokens(rows(), TINY)
-    wrong = rows()
-    wrong[2, 3] = 40
-    message = r"The token 40 \(row 2, position 3\) is no id of a model of `vocab_size=40`"
-    with pytest.raises(ValueError, match=message):
-        check_tokens(wrong, TINY)
-    wrong[2, 3] = -1
-    with pytest.raises(ValueError, match=r"The token -1"):
-        check_tokens(wrong, TINY)
-    with pytest.raises(ValueError, match=r"The rows have 21 tokens, .*=20`. Cut the rows"):
-        check_tokens(rows(1, 21), TINY)
-
-
-def test_vocabularies_are_compared():
-    check_vocabulary(40, TINY)
-    with pytest.raises(
-        ValueError, match=r"is larger than the model's: 41 pieces, .*`vocab_size=40`"
-    ):
-        check_vocabulary(41, TINY)
-    with pytest.raises(ValueError, match=r"is smaller than the model's: 39 pieces"):
-        check_vocabulary(39, TINY)
-
-
-def test_the_default_special_tokens_are_our_tokenizers():
-    tokenizer = train_tokenizer(["a small text of a few words"] * 3, 30)
-    assert AlbertForMaskedLM.init(TINY, KEY).special == special_ids(tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("labels", "problem", "wanted"),
-    [
-        ((4, 8), None, r"(4,)"),
-        ((4,), "multi_label_classification", r"(4, 3)"),
-        ((4, 2), "regression", r"(4, 3)"),
-    ],
-)
-def test_labels_of_another_shape(labels, problem, wanted):
-    config = dataclasses.replace(TINY, labels=("a", "b", "c"), problem_type=problem)
-    one = AlbertForSequenceClassification.init(config, jax.random.key(0))
-    batch = {"input_ids": jnp.asarray(rows()), "labels": jnp.zeros(labels, jnp.int32)}
-    message = f"The shape of the batch's `labels` is {labels}, but here it has to be {wanted}."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        one.training_step(batch, key=jax.random.key(0))

@@ -86,6 +86,31 @@ def test_a_loader_may_give_views_of_one_buffer(whole):
     assert values(found) == [0, 1, 2, 3, 4]
 
 
+def test_each_batch_is_looked_at_on_the_host():
+    seen = []
+
+    def check(batch):
+        assert isinstance(batch["x"], np.ndarray)
+        seen.append(int(batch["x"][0, 0]))
+        if seen[-1] == 3:
+            raise ValueError("There is no 3.")
+
+    batches = feed(Numbers(5), check=check).epoch(0)
+    assert values([next(batches) for _ in range(3)]) == [0, 1, 2]
+    with pytest.raises(ValueError, match="There is no 3") as caught:
+        next(batches)
+    assert caught.value.__notes__ == ["Raised by the training data in batch 3 of epoch 0."]
+    assert seen == [0, 0, 1, 2, 3]  # the first also before anything is compiled
+
+
+def test_of_batches_on_the_device_only_the_first_is_looked_at():
+    """To fetch the others would wait for whatever computes them."""
+    seen = []
+    batches = [{"x": jnp.full((2, 1), i)} for i in (1, 2)]
+    feed(batches, check=lambda batch: seen.append(type(batch["x"])))
+    assert seen == [np.ndarray]
+
+
 def test_slices_of_the_users_array_leave_it_as_it_was():
     x = np.arange(8, dtype=np.float32).reshape(8, 1)
     found = list(feed([{"x": x[i : i + 4]} for i in (0, 4)]).epoch(0))

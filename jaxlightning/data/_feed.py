@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ class Feed:
       With an attribute `allow_nan` that is true its first batch may hold NaN.
     - `limit`: batches in an epoch at most: an integer, or a fraction of the loader's length.
     - `poll`: called while waiting for data; may raise.
+    - `check`: called with each batch, as arrays of numpy; may raise. Only with the first one, where
+      they lie on the devices already.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Feed:
         limit: int | float = 1.0,
         prefetch: int = 2,
         poll: Callable[[], None] = lambda: None,
+        check: Callable[[PyTree], None] = lambda batch: None,
     ):
         self.loader = loader
         self.name = name
         self.wait_s = 0.0
         self._placement = placement
         self._poll = poll
+        self._check = check
         self._epochs = epochs_of(loader, name)
         if not placement.replicated.is_fully_addressable:
             self._epochs.held = placement.held_rows
@@ -80,6 +84,8 @@ class Feed:
         _check_rows(first, name)
         if not getattr(loader, "allow_nan", False):
             _refuse_nan(first, name)
+        with _noting(f"Raised by the {name} data in batch 0 of epoch 0."):
+            check(jax.tree.map(_on_host, first))
         self.structure: Any = jax.tree.structure(first)
         self.spec = abstract(first) if held is None else held.abstract()
         self._depth = _depth(self.spec, prefetch)
@@ -131,6 +137,8 @@ class Feed:
         if shapes not in self._checked_shapes:
             check_leading_axes(batch, f"A {self.name} batch")
             self._checked_shapes.add(shapes)
+        if not any(isinstance(leaf, jax.Array) for leaf in leaves):
+            self._check(jax.tree.unflatten(structure, leaves))
         if held is None:
             placed = self._placement.put(leaves)
         else:
@@ -141,8 +149,10 @@ class Feed:
         self, epoch: int, start: int, count: int | None
     ) -> Generator[DeviceBatch, None, None]:
         with closing(self._epochs.open(epoch, start)) as reads:
-            for batch, state in islice(reads, count):
-                yield self._checked(batch)._replace(state=state)
+            for number, (batch, state) in enumerate(islice(reads, count), start):
+                with _noting(f"Raised by the {self.name} data in batch {number} of epoch {epoch}."):
+                    checked = self._checked(batch)
+                yield checked._replace(state=state)
 
     @cached_property
     def shapes(self) -> list[PyTree]:
@@ -198,6 +208,20 @@ class Feed:
         shapes = jax.tree_util.tree_flatten_with_path(self.spec)[0]
         spec = {leaf_path(p): f"{x.dtype}{list(x.shape)}" for p, x in shapes}
         return self._epochs.fingerprint() | {"length": self.length, "batch": spec}
+
+
+@contextmanager
+def _noting(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(where)
+        raise
+
+
+def _on_host(leaf: Any) -> Any:
+    addressable = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    return np.asarray(leaf) if addressable else leaf
 
 
 def _own_array(leaf: Any) -> Any:
