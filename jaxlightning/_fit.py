@@ -170,8 +170,13 @@ class FitRun:
         self._source.given = None
 
     def compile(self, poll: Any) -> None:
-        """Compiles for every shape the loader announces. `poll` is called around each."""
-        for varying in self._dispatch.announced(self.feed.shapes, self.feed.length):
+        """Compiles for every shape the loader announces, but for that of an epoch's last batch
+        where the fit ends before. `poll` is called around each."""
+        shapes, length = self.feed.shapes, self.feed.length
+        if length is not None and not self._schedule.may_end_epoch(self.position, length):
+            rows = [{leaf.shape[1:] for leaf in jax.tree.leaves(shape)} for shape in shapes]
+            shapes, length = (shapes[:1], None) if rows[1:] == rows[:-1] else (shapes, length)
+        for varying in self._dispatch.announced(shapes, length):
             poll()
             self.program.compile(self.leaves or self.abstract_leaves(), self._placed(varying))
         poll()

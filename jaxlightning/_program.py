@@ -77,7 +77,12 @@ class Program:
         if signature not in self._compiled:
             start = time.perf_counter()
             self.compiling = True
-            lowered = self.lower(kept, varying)
+            try:
+                lowered = self.lower(kept, varying)
+            except Exception as error:
+                if self._descriptions:
+                    error.add_note(self._of_another_shape(varying))
+                raise
             self._compiled[signature] = lowered.compile(self._options)
             self.compiling = False
             self._descriptions[signature] = list(map(describe, jax.tree.leaves(varying)))
@@ -106,10 +111,16 @@ class Program:
         leaves, structure = jax.tree.flatten(varying)
         return structure, tuple(map(describe, leaves))
 
-    def _recompiling(self, varying: PyTree) -> None:
-        self.recompilations += 1
-        if self._on_recompile == "ignore":
-            return
+    def _of_another_shape(self, varying: PyTree) -> str:
+        return (
+            f"Raised while the {self.name} was traced anew, for a batch of another shape:\n"
+            f"{self._changes(varying)}\n"
+            "Fewer rows are the last ones of an epoch. Take their number from the batch, as "
+            '`len(batch["x"])`, or leave them out: `DataLoader(..., drop_last=True)`.'
+        )
+
+    def _changes(self, varying: PyTree) -> str:
+        """How it differs from what was compiled last."""
         paths = [
             jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_flatten_with_path(varying)[0]
         ]
@@ -123,10 +134,16 @@ class Program:
             ]
         else:
             changes = [f"  {len(old)} leaves -> {len(new)} leaves: {', '.join(paths)}"]
+        return "\n".join(changes or ["  the tree's structure"])
+
+    def _recompiling(self, varying: PyTree) -> None:
+        self.recompilations += 1
+        if self._on_recompile == "ignore":
+            return
         message = (
             f"The {self.name} has to be compiled again, because its batch changed:\n"
-            + "\n".join(changes or ["  the tree's structure"])
-            + "\nMake all batches alike, or announce their shapes (`batch_shapes` of the loader)."
+            f"{self._changes(varying)}\n"
+            "Make all batches alike, or announce their shapes (`batch_shapes` of the loader)."
         )
         if self._on_recompile == "raise":
             raise RuntimeError(message)

@@ -57,6 +57,7 @@ def rewound(trainer: Trainer, run: FitRun, stream: MetricStream) -> bool:
     with sensible(path):
         _restore(trainer, run, stream, tree, metadata)
     run.rewind_request = None
+    run.compile(trainer._signals.poll)  # it may reach further into an epoch than it would have
     trainer.save_checkpoint(_successor(trainer, path))
     trainer._save_requested()
     say(

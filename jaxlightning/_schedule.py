@@ -97,6 +97,12 @@ class Schedule:
         epochs = at.epoch + (1 if at.last else 0)
         return epochs >= self.min_epochs and at.step >= self.min_steps
 
+    def may_end_epoch(self, at: Position, batches: int) -> bool:
+        """Whether `max_steps` leave room for the rest of an epoch of so many batches."""
+        if self.max_steps is None:
+            return True
+        return at.batches + (self.max_steps - at.step) * self.accumulate >= batches
+
     def logs(self, step: int) -> bool:
         return step % self.log_every == 0
 

@@ -161,6 +161,16 @@ def test_text_in_a_batch():
     assert "has the leaf `name` of dtype <U1, which no device can hold" in says(error)
 
 
+def test_a_step_that_only_a_smaller_batch_does_not_fit():
+    eights = Stepped(lambda task, batch: Mean.over(jnp.ones(8) * batch["x"].sum(1)))
+    with pytest.raises(TypeError) as caught:
+        quiet(max_epochs=1).fit(eights, DataLoader(rows(20), 8))
+    (note,) = [note for note in notes(caught.value) if "JAX has removed" not in note]
+    assert note.startswith("Raised while the training step was traced anew, for a batch of another")
+    assert "float32[8,6] -> float32[4,6]" in note
+    assert "Take their number from the batch" in note
+
+
 # The task
 
 

@@ -67,6 +67,24 @@ def test_last_smaller_batch_is_exact_and_announced():
     assert trainer.num_recompiles == 0
 
 
+@pytest.mark.parametrize(
+    ("steps", "options", "programs"),
+    [
+        (2, {}, 1),
+        (3, {}, 2),
+        (1, {"accumulate_grad_batches": 2}, 1),
+        (2, {"accumulate_grad_batches": 2}, 2),
+        (2, {"steps_per_dispatch": 4}, 1),
+    ],
+    ids=str,
+)
+def test_a_last_smaller_batch_that_is_not_reached_is_not_compiled_for(steps, options, programs):
+    trainer = quiet(max_steps=steps, on_recompile="raise", **options)
+    trainer.fit(Classifier(), DataLoader(rows(21), 8))
+    assert trainer.global_step == steps
+    assert len(trainer._run.program._compiled) == programs
+
+
 @pytest.mark.parametrize(("rows_", "accumulate"), [(32, 4), (28, 3), (40, 3), (21, 2)])
 def test_accumulation_is_exact_under_masks(rows_, accumulate):
     """Micro-batches of unequal weight, a smaller last window, a smaller last batch."""
