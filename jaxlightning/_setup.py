@@ -72,10 +72,22 @@ def _warn_of_no_hooks(kind: type) -> None:
     hooks = [name for name in dir(Callback) if name.startswith("on_")]
     for name in dir(kind):
         if name.startswith("on_") and name not in hooks:
+            in_place = _IN_PLACE.get(name)
             warn(
                 f"`{kind.__qualname__}.{name}` looks like a hook, but there is none of that name, "
-                f"so it is never called.{nearest(name, hooks)}",
+                "so it is never called."
+                + (f" In its place there is {in_place}." if in_place else nearest(name, hooks)),
             )
+
+
+_IN_STEP = "`inside_step(view)`, traced into the step, where the gradients are"
+_IN_PLACE = {
+    "on_before_backward": _IN_STEP,
+    "on_after_backward": _IN_STEP,
+    "on_before_optimizer_step": f"{_IN_STEP}, or `wrap_optimizer(trainer, tx)`, to change them",
+    "on_before_zero_grad": "nothing: gradients are values",
+}
+"""What Lightning's hooks are here."""
 
 
 def built_in_callbacks(arguments: Arguments, given: list[Callback]) -> list[Callback]:

@@ -134,3 +134,13 @@ def test_a_hook_that_is_misspelt():
         UserWarning, match=r"on_train_batch_ends` looks like .* `on_train_batch_end`"
     ):
         quiet(callbacks=Misspelt())
+
+
+def test_a_hook_that_only_lightning_has_names_what_there_is_here():
+    class Ported(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer): ...
+
+    with pytest.warns(
+        UserWarning, match=r"In its place there is `inside_step\(view\)`, .*`wrap_opt"
+    ):
+        quiet(callbacks=Ported())

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from jaxlightning.loggers import CSVLogger, JSONLLogger, Logger, TensorBoardLogger
-from jaxlightning.loggers._logger import next_version
+from jaxlightning.loggers._logger import Follower, next_version
 
 FILES = [CSVLogger, JSONLLogger, TensorBoardLogger]
 NUMBERS = {"train/loss": 0.1 + 0.2, "train/accuracy": 1 / 3}
@@ -116,6 +116,29 @@ def test_metrics_at_their_steps(kind, tmp_path):
     # The same run goes on, say with more epochs.
     logger.log_metrics({"epoch": 4}, 2**31 + 1)
     assert_reads(logger, [*expected, {"step": 2**31 + 1, "epoch": 4}])
+
+
+def test_what_is_no_number_goes_to_tensorboards_experiment(tmp_path):
+    """A histogram, a text and a mesh, in the file of the metrics; and nowhere on other processes
+    than the first."""
+    logger = TensorBoardLogger(tmp_path)
+    for one in (logger, Follower(logger)):
+        one.experiment.add_histogram("weights", np.arange(10.0), 7)
+        one.experiment.add_text("note", "a word", global_step=7)
+        one.experiment.add_mesh("mesh", np.zeros((1, 4, 3), np.float32), global_step=8)
+        one.log_metrics(NUMBERS, 8)
+        one.experiment.close()
+    assert_reads(logger, [{"step": 8, **NUMBERS}])
+    found = [
+        (e.step, v.tag, v.WhichOneof("value")) for e in events(logger) for v in e.summary.value
+    ]
+    assert found[:3] == [
+        (7, "weights", "histo"), (7, "note/text_summary", "tensor"), (8, "mesh_1", "tensor"),
+    ]  # fmt: skip
+    assert [tag for _, tag, kind in found if kind == "simple_value"] == [*NUMBERS]
+    (histogram,) = (v.histo for e in events(logger) for v in e.summary.value if v.tag == "weights")
+    assert (histogram.num, histogram.sum) == (10, 45)
+    assert len(list(Path(logger.log_dir).iterdir())) == 1
 
 
 @pytest.mark.parametrize("kind", FILES)

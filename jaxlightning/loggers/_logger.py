@@ -75,6 +75,13 @@ class Logger(abc.ABC):
         """The run is over: `"success"`, `"failed"` or `"interrupted"`. Logging again is allowed."""
 
 
+class _Nothing:
+    """An `experiment` of which all methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 class Follower(Logger):
     """What stands for a logger on processes other than the first: it is asked where that one
     writes, and writes nothing."""
@@ -83,7 +90,7 @@ class Follower(Logger):
         self.of = of
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.of, name)
+        return _Nothing() if name == "experiment" else getattr(self.of, name)
 
     @property
     def version(self) -> int | str | None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, Any, SupportsFloat
+from typing import IO, TYPE_CHECKING, Any, SupportsFloat
 
 from ._logger import FileLogger, as_json, as_record, begin_sync
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
+    from tensorboardX.proto.event_pb2 import Event
 
 _FLUSH_S = 10.0
 """How old what TensorBoard shows may be."""
@@ -18,15 +22,28 @@ class TensorBoardLogger(FileLogger):
 
     Hyper-parameters appear in the HPARAMS tab, beside all metrics, and in `hparams.json`. After a
     `resume`, a new event file tells TensorBoard to forget what the older ones say of that step and
-    of later ones, and repeats what had been logged of that step.
+    of later ones, and repeats what had been logged of that step, but for what `experiment` wrote.
     """
 
     _writer: Any = None
+    _summaries: SummaryWriter | None = None
     _flushed = 0.0
     _has_session = False
     _resumed_at: int | None = None
     _latest: tuple[int, list[dict[str, Any]]] = (-1, [])
     """The latest step of which something was logged, and its records."""
+
+    @property
+    def experiment(self) -> SummaryWriter:
+        """A `tensorboardX.SummaryWriter` to the same files, for what is no number:
+
+        trainer.logger.experiment.add_histogram("weights", array, trainer.global_step)
+        """
+        from ._summaries import summaries_of
+
+        if self._summaries is None:
+            self._summaries = summaries_of(self._write, self.save, self.log_dir)
+        return self._summaries
 
     def log_hyperparams(self, params: dict[str, Any]) -> None:
         from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData, SessionStartInfo
@@ -47,13 +64,14 @@ class TensorBoardLogger(FileLogger):
         self.save()
 
     def log_metrics(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 
         record = as_record(metrics, step)
         latest, records = self._latest
         self._latest = (step, [*records, record] if step == latest else [record])
         values = [Summary.Value(tag=name, simple_value=record[name]) for name in metrics]
-        self._write(step=step, summary=Summary(value=values))
+        self._write(Event(step=step, summary=Summary(value=values)))
         if time.monotonic() - self._flushed > _FLUSH_S:
             self._file.flush()
             self._flushed = time.monotonic()
@@ -100,22 +118,22 @@ class TensorBoardLogger(FileLogger):
     def _close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+            self._writer = self._summaries = None
 
     def _write_session(self, tag: str, data: Any) -> None:
         # Without an experiment summary, TensorBoard lists all metrics of the run by itself.
+        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary, SummaryMetadata
 
         plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
         value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
-        self._write(summary=Summary(value=[value]))
+        self._write(Event(summary=Summary(value=[value])))
 
-    def _write(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
+    def _write(self, event: Event) -> None:
         if self._writer is None:
             self._writer = self._open()
-        self._writer.write_event(Event(wall_time=time.time(), **fields))
+        event.wall_time = event.wall_time or time.time()
+        self._writer.write_event(event)
 
     def _open(self) -> Any:
         # The plain writer: `SummaryWriter` adds a thread and a queue, which its flush does not wait
