@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 Rows = Int[np.ndarray, " rows"]
 
@@ -51,6 +51,7 @@ class Encoded:
     - `ragged`: by the batch's key, what has a number for each token; `input_ids` among them.
     - `fixed`: by key, what has one entry an example, such as labels.
     - `choices`: sequences an example; more than one for multiple choice.
+    - `cut`: which sequences were longer; by default none.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Encoded:
         ragged: Mapping[str, Ragged],
         fixed: Mapping[str, Shaped[np.ndarray, ...]] | None = None,
         choices: int = 1,
+        cut: Bool[np.ndarray, " sequences"] | None = None,
     ):
         self.ragged = dict(ragged)
         self.fixed = dict(fixed or {})
@@ -65,6 +67,8 @@ class Encoded:
         sizes = self.ragged["input_ids"].lengths().reshape(-1, choices)
         self._rows = np.arange(len(sizes))
         self._lengths = sizes.max(1) if len(sizes) else sizes[:, 0]
+        whole = np.zeros(sizes.shape, bool)
+        self._cut = np.any(whole if cut is None else cut.reshape(sizes.shape), axis=1)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -73,6 +77,11 @@ class Encoded:
     def lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each example, of its longest choice."""
         return self._lengths[self._rows]
+
+    @property
+    def cut(self) -> int:
+        """How many examples were longer, and are cut."""
+        return int(np.count_nonzero(self._cut[self._rows]))
 
     def select(self, rows: Rows) -> Encoded:
         """Some of the examples, which share memory with these."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 
 from jaxlightning._nearest import nearest
 
@@ -153,7 +154,15 @@ def text_pairs(table: Table, columns: Columns) -> TextPairs:
     return TextPairs(table.strings(first), None if second is None else table.strings(second))
 
 
-def encode_pairs(tokenizer: Tokenizer, texts: TextPairs, max_length: int) -> dict[str, Ragged]:
+class EncodedPairs(NamedTuple):
+    """What `encode_pairs` makes of texts."""
+
+    ragged: dict[str, Ragged]
+    cut: Bool[np.ndarray, " sequences"]
+    """Which of them were longer."""
+
+
+def encode_pairs(tokenizer: Tokenizer, texts: TextPairs, max_length: int) -> EncodedPairs:
     """`input_ids` and `token_type_ids` of `[CLS] first [SEP]` or `[CLS] first [SEP] second [SEP]`;
     the longer of two is cut until both fit into `max_length`."""
     cutting = _cutting(tokenizer, max_length)
@@ -161,10 +170,15 @@ def encode_pairs(tokenizer: Tokenizer, texts: TextPairs, max_length: int) -> dic
         texts.first if texts.second is None else list(zip(texts.first, texts.second, strict=True))
     )
     found = cutting.encode_batch(inputs)
-    return {
+    ragged = {
         "input_ids": Ragged.of([one.ids for one in found]),
         "token_type_ids": Ragged.of([one.type_ids for one in found]),
     }
+    return EncodedPairs(ragged, _were_cut(found))
+
+
+def _were_cut(found: Sequence[Any]) -> Bool[np.ndarray, " sequences"]:
+    return np.asarray([bool(one.overflowing) for one in found], bool)
 
 
 def _cutting(tokenizer: Tokenizer, max_length: int) -> Tokenizer:
@@ -214,7 +228,8 @@ def classification(
                 ],
                 np.int32,
             )
-    return Encoded(encode_pairs(tokenizer, text_pairs(table, columns), max_length), fixed)
+    pairs = encode_pairs(tokenizer, text_pairs(table, columns), max_length)
+    return Encoded(pairs.ragged, fixed, cut=pairs.cut)
 
 
 def _numbers(table: Table, column: str) -> Any:
@@ -276,7 +291,7 @@ def token_classification(
                 ]
             )
         ragged["labels"] = Ragged.of(tagged, IGNORED)
-    return Encoded(ragged)
+    return Encoded(ragged, cut=_were_cut(found))
 
 
 def words_of(table: Table, columns: Columns = USUAL) -> tuple[str, list[list[str]]]:
@@ -335,7 +350,8 @@ def multiple_choice(
         fixed["labels"] = np.asarray(
             [_choice(table, name, row, count) for row in range(len(table))], np.int32
         )
-    return Encoded(encode_pairs(tokenizer, pairs, max_length), fixed, choices=count)
+    encoded = encode_pairs(tokenizer, pairs, max_length)
+    return Encoded(encoded.ragged, fixed, choices=count, cut=encoded.cut)
 
 
 def _choices(table: Table, columns: Columns) -> list[list[str]]:

@@ -119,6 +119,9 @@ def prepare_finetuning(options: FinetuneOptions, folder: Path) -> Setting:
     }
     check_same_run(folder, identity)
     _say_columns(train)
+    for one in (examples, held_out):
+        if one is not None:
+            _say_cut(kind, one.source, one.encoded)
     _say_unlearnt(kind, train, validation)
     return Setting(options, folder, kind, tokenizer, config, examples, held_out, identity)
 
@@ -127,6 +130,14 @@ def _say_columns(source: Any) -> None:
     """What has been read of a table, which nobody named: a wrong guess is to be seen."""
     if isinstance(source, Table):
         say(source.usage())
+
+
+def _say_cut(kind: Kind, source: Any, encoded: Encoded) -> None:
+    if encoded.cut:
+        say(
+            f"{encoded.cut:,} of {len(encoded):,} examples of `{source.source}` are longer than "
+            f"{kind.max_length} tokens, and cut; see `--max-length`."
+        )
 
 
 def _say_unlearnt(kind: Kind, train: Any, validation: Any) -> None:
@@ -425,6 +436,7 @@ def evaluate(options: EvaluateOptions) -> int:
     source = kind.read(options.data)
     examples = kind.encode(source, tokenizer, task.config.labels)
     _say_columns(source)
+    _say_cut(kind, source, examples)
     found = predicted(_quiet(options), task, examples, options.batch_size)
     scores = kind.scores(found, source, examples, task.config.labels)
     print(_listed({name: f"{value:.4f}" for name, value in scores.items()}))
@@ -442,6 +454,7 @@ def predict(options: PredictOptions) -> int:
     source = kind.read(options.data, labelled=False)
     examples = kind.encode(source, tokenizer, task.config.labels, labelled=False)
     _say_columns(source)
+    _say_cut(kind, source, examples)
     found = predicted(_quiet(options), task, examples, options.batch_size)
     rows = kind.rows(found, source, examples, task.config.labels)
     if options.out is None:

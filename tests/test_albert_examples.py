@@ -259,6 +259,7 @@ def test_classes_of_texts_and_pairs(tokenizer):
     assert batch["input_ids"][0, : len(ids.ids)].tolist() == ids.ids
     assert batch["token_type_ids"][0, : len(ids.ids)].tolist() == ids.type_ids
     assert batch["attention_mask"].sum(1).tolist() == [len(ids.ids), 24]
+    assert (examples.cut, examples.select(np.arange(1)).cut) == (1, 0)
     assert batch["labels"].tolist() == [1, 0]
     second = batch["input_ids"][1]
     assert (second == tokenizer.token_to_id("[SEP]")).sum() == 2  # the longer one was cut

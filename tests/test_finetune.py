@@ -76,6 +76,12 @@ def test_evaluating_and_predicting_with_it(tuned, data, tmp_path, capsys):
     arguments = ["--data", str(tmp_path / "new.jsonl"), "--out", str(out)]
     assert main(["predict", "--model", str(tuned), *arguments]) == 0
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    said = capsys.readouterr().err
+    assert "longer" not in said
+    (tmp_path / "new.jsonl").write_text('{"text": "film ' + "a " * 40 + '"}\n{"text": "film"}')
+    assert main(["predict", "--model", str(tuned), "--max-length", "16", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert f"1 of 2 examples of `{tmp_path / 'new.jsonl'}` are longer than 16 tokens, and" in said
 
 
 def test_labels_that_the_model_does_not_know(tuned, tmp_path, capsys):
