@@ -31,22 +31,14 @@ from jaxlightning.callbacks import (
 from jaxlightning.loggers import CSVLogger, TensorBoardLogger
 
 from ._convert import from_pretrained, save_pretrained
+from ._demonstration import demonstrated, described
 from ._files import read_json, write_json
-from ._fill_mask import Guess, fill_mask
 from ._options import PretrainOptions, devices_of
 from ._pretraining_task import AlbertForPreTraining
 from ._run_folder import begin_run
 from ._stages import Prepared
 from ._tasks import AlbertForMaskedLM
 from ._tokenizer import WordStarts
-
-SENTENCES = (
-    "the quick [MASK] fox jumps over the [MASK] dog.",
-    "returns a new [MASK] with the same shape as the input.",
-    "if the [MASK] does not exist, an error is [MASK].",
-    "this function is [MASK] by default.",
-    "the number of [MASK] in the list.",
-)
 
 _SHOWN = ("train/loss", "train/accuracy", "val/loss", "val/accuracy")
 
@@ -211,7 +203,8 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
     saved = trainer.checkpoint_callback
     scores, path = _scores(task, prepared), saved.last_model_path
     best = saved.best_model_score
-    if best is not None and best < scores["val/loss"]:
+    goes_back = best is not None and best < scores["val/loss"]
+    if goes_back:
         path = saved.best_model_path
         task = load_weights(path, task)
         scores = _scores(task, prepared)
@@ -236,10 +229,11 @@ def _trained(prepared: Prepared, trainer: Trainer) -> dict[str, Any]:
         **_speed(trainer),
         "logs": trainer.log_dir,
         "checkpoint": path,
+        "is_last": not goes_back,
         "filled": [],
     }
     write_json(prepared.folder / "result.json", result)  # which no demonstration may prevent
-    result["filled"] = [_filled(task, prepared, one) for one in SENTENCES if _fits(one, prepared)]
+    result["filled"] = demonstrated(task, prepared)
     write_json(prepared.folder / "result.json", result)
     return result
 
@@ -288,16 +282,6 @@ def _speed(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _fits(sentence: str, prepared: Prepared) -> bool:
-    length = len(prepared.tokenizer.encode(sentence).ids)
-    return length <= prepared.config.max_position_embeddings
-
-
-def _filled(task: AlbertForMaskedLM, prepared: Prepared, sentence: str) -> dict[str, Any]:
-    found = fill_mask(task, prepared.tokenizer, sentence, top_k=3)
-    return {"text": sentence, "filled": found.text, "guesses": found.guesses}
-
-
 # The report
 
 
@@ -327,16 +311,16 @@ def report(result: dict[str, Any]) -> str:
         "training": _duration(result),
         "speed": _described_speed(result),
         "logs": f"{result['logs']} (tensorboard --logdir {result['logs']})",
-        "checkpoint": result["checkpoint"],
+        "checkpoint": f"{result['checkpoint']} (the {_which(result)})",
         "for fine-tuning": result["model"],
     }
     lines += [f"{name:<17}{value}" for name, value in facts.items() if value]
     lines += ["", "What the model fills in:"] if result["filled"] else []
-    for one in result["filled"]:
-        lines.append(f"  {one['text']}")
-        for guesses in one["guesses"]:
-            lines.append(f"      {', '.join(str(Guess(*guess)) for guess in guesses)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *described(result["filled"])])
+
+
+def _which(result: dict[str, Any]) -> str:
+    return "last one" if result["is_last"] else "one of the best validation, as the last is worse"
 
 
 def _duration(result: dict[str, Any]) -> str:
