@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -34,6 +35,10 @@ _STORAGES = {
 
 class _StorageKind(NamedTuple):
     dtype: np.dtype[Any]
+
+
+class _Storage(NamedTuple):
+    numbers: Shaped[np.ndarray, " count"]
 
 
 def read_torch_file(path: str | Path) -> dict[str, Shaped[np.ndarray, ...]]:
@@ -106,18 +111,25 @@ class _Reader(pickle.Unpickler):
         if what != "storage" or not isinstance(kind, _StorageKind) or "/" in str(key):
             raise _Refused(f"the object {what!r}")
         data = self.archive.read(f"{self.folder}data/{key}")
-        storage = np.frombuffer(data, kind.dtype)
-        if len(storage) < count:
-            raise ValueError(f"the storage {key} has {len(storage)} numbers, not {count}")
-        return storage
+        numbers = np.frombuffer(data, kind.dtype)
+        if len(numbers) < count:
+            raise ValueError(f"the storage {key} has {len(numbers)} numbers, not {count}")
+        return _Storage(numbers)
 
 
-def _rebuilt(storage: Any, offset: int, size: Any, stride: Any, *_: Any) -> Shaped[np.ndarray, ...]:
+def _rebuilt(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
+    """A tensor, a view of its storage. Nothing in the file is believed: what reaches further would
+    be other memory of the process."""
+    if not isinstance(storage, _Storage):
+        raise ValueError("a tensor is made of something that is no storage")
+    numbers, size, stride = storage.numbers, tuple(size), tuple(stride)
+    if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
+        raise ValueError("a tensor's sizes are no numbers from 0 on")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(size, default=1) and not (
-        offset >= 0 and last < len(storage) and min(stride, default=0) >= 0
-    ):
+    if math.prod(size) > len(numbers) or (0 not in size and last >= len(numbers)):
         raise ValueError("a tensor reaches beyond its storage")
-    steps = tuple(step * storage.itemsize for step in stride)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], tuple(size), steps, writeable=False)
+    if 0 in size:
+        return np.zeros(size, numbers.dtype)
+    steps = tuple(step * numbers.itemsize for step in stride)
+    view = np.lib.stride_tricks.as_strided(numbers[offset:], size, steps, writeable=False)
     return view.copy()

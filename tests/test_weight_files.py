@@ -119,6 +119,14 @@ def state_pickle(count=6, size=(2, 3), stride=(3, 1), offset=0):
     return text.encode()
 
 
+NESTED = (
+    state_pickle(size=(10**9, 0), stride=(0, 0))
+    .replace(b"(dS'w'\n", b"(dS'w'\nctorch._utils\n_rebuild_tensor_v2\n(")
+    .replace(b")RtRs.", b")RtRI0\n(I1000000000\nt(I1\nttRs.")
+)
+"""An empty tensor as the storage of another, which would be whatever lies behind."""
+
+
 def test_a_tensor_of_torch_by_hand(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     data = np.arange(6, dtype="<f4")
@@ -134,14 +142,28 @@ def test_a_tensor_of_torch_by_hand(tmp_path):
     ("pickled", "storage", "message"),
     [
         (state_pickle(size=(2, 4), stride=(4, 1)), 24, "a tensor reaches beyond its storage"),
-        (state_pickle(offset=-1), 24, "a tensor reaches beyond its storage"),
-        (state_pickle(stride=(-3, 1)), 24, "a tensor reaches beyond its storage"),
+        (state_pickle(offset=-1), 24, "a tensor's sizes are no numbers from 0 on"),
+        (state_pickle(stride=(-3, 1)), 24, "a tensor's sizes are no numbers from 0 on"),
+        (state_pickle(size=("'a'", 1)), 24, "is cut off or damaged"),
+        (state_pickle(size=(10**9,), stride=(0,)), 24, "a tensor reaches beyond its storage"),
+        (NESTED, 24, "a tensor is made of something that is no storage"),
         (state_pickle(), 20, "the storage 0 has 5 numbers, not 6"),
         (state_pickle()[:-20], 24, "is cut off or damaged"),
         (b"cos\nsystem\n(S'true'\ntR.", 24, "wants more than tensors: `(os|posix).system`"),
         (pickle.dumps([1, 2]), 24, "holds no `state_dict`"),
     ],
-    ids=["beyond", "before", "backwards", "short", "cut", "system", "list"],
+    ids=[
+        "beyond",
+        "before",
+        "backwards",
+        "text",
+        "repeated",
+        "nested",
+        "short",
+        "cut",
+        "system",
+        "list",
+    ],
 )
 def test_files_of_torch_that_are_not_read(tmp_path, pickled, storage, message):
     path = tmp_path / "pytorch_model.bin"
