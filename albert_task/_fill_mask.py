@@ -92,8 +92,14 @@ def fill_mask(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str, top_k: i
 def _probabilities(
     task: AlbertForMaskedLM, tokens: Int[Array, "1 seq"], length: Int[Array, ""]
 ) -> Float[Array, "1 seq vocab"]:
+    batch = {"tokens": tokens, "attention_mask": _own(tokens, length)}
+    return jax.nn.softmax(task.logits(batch), axis=-1)
+
+
+def _own(tokens: Int[Array, "batch seq"], length: Int[Array, ""]) -> Int[Array, "batch seq"]:
+    """Not by the padding's id, which the tokenizer and the model may see differently."""
     own = (jnp.arange(tokens.shape[1]) < length)[None].astype(jnp.int32)
-    return jax.nn.softmax(task.logits({"tokens": tokens, "attention_mask": own}), axis=-1)
+    return jnp.broadcast_to(own, tokens.shape)
 
 
 def _written(text: str, pieces: list[str]) -> str:
@@ -111,8 +117,8 @@ def _written(text: str, pieces: list[str]) -> str:
 
 def pseudo_perplexity(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str) -> float:
     """How surprised a masked language model is by a text: `exp` of the mean negative log
-    likelihood of its tokens, each masked on its own (Salazar et al. 2020, "Masked Language Model
-    Scoring", section 2.2). Blocks on the device.
+    likelihood of its tokens, `<unk>` among them, each masked on its own (Salazar et al. 2020,
+    "Masked Language Model Scoring", section 2.2). Blocks on the device.
 
     **Raises:** `ValueError` for a text without a token, or longer than the model's positions, and
     for a tokenizer that is not the model's.
@@ -121,7 +127,7 @@ def pseudo_perplexity(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str) 
     check_vocabulary(tokenizer.get_vocab_size(), task.config)
     row = np.asarray(tokenizer.encode(text).ids, np.int32)[None]
     check_tokens(row, task.config)
-    places = np.flatnonzero(~np.isin(row[0], special))
+    places = np.flatnonzero(~np.isin(row[0], [*set(special) - {special.unk}]))
     if len(places) == 0:
         raise ValueError(f"The text {text!r} has no token to score.")
     length = row.shape[1]
@@ -136,7 +142,11 @@ def pseudo_perplexity(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str) 
         where = np.zeros(_AT_ONCE, np.int32)
         where[: len(some)] = some
         nll = _surprise(
-            task, jnp.asarray(masked), jnp.asarray(where), jnp.asarray(tokens[0, where])
+            task,
+            jnp.asarray(masked),
+            jnp.int32(length),
+            jnp.asarray(where),
+            jnp.asarray(tokens[0, where]),
         )
         total += float(np.asarray(nll, np.float64)[: len(some)].sum())
     return float(np.exp(total / len(places)))
@@ -146,10 +156,12 @@ def pseudo_perplexity(task: AlbertForMaskedLM, tokenizer: Tokenizer, text: str) 
 def _surprise(
     task: AlbertForMaskedLM,
     tokens: Int[Array, "batch seq"],
+    length: Int[Array, ""],
     places: Int[Array, " batch"],
     labels: Int[Array, " batch"],
 ) -> Float[Array, " batch"]:
     task = eqx.nn.inference_mode(task)
-    hidden = gather(task.hidden(Rows.read({"tokens": tokens}, task.config)), places[:, None])
+    batch = {"tokens": tokens, "attention_mask": _own(tokens, length)}
+    hidden = gather(task.hidden(Rows.read(batch, task.config)), places[:, None])
     words = task.albert.embeddings.words
     return scored(task.head, words, hidden, labels[:, None]).nll[:, 0]

@@ -44,6 +44,7 @@ from ._files import read_json, write_json, write_rows
 from ._finetune_options import DataOptions, EvaluateOptions, FinetuneOptions, PredictOptions
 from ._kinds import Kind, QuestionAnswering, check_writable, kind_of, predicted
 from ._model_names import model_folder
+from ._optimizers import has
 from ._options import devices_of
 from ._rows import check_vocabulary
 from ._run_folder import as_json, begin_run, check_same_run
@@ -320,7 +321,7 @@ def initial_task(setting: Setting, seed: int, steps: int) -> AlbertTask:
         "weight_decay": options.weight_decay,
         "warmup_steps": min(int(options.warmup * steps), steps - 1),
         "total_steps": steps,
-        "b2": 0.999,
+        "b2": 0.999 if has(options.optimizer, "b2") else None,
         "layer_decay": options.layer_decay,
         "frozen": options.freeze,
         "unfreeze_every": options.unfreeze_every,

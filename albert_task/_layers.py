@@ -72,12 +72,15 @@ class Dense(eqx.Module):
     def __call__(self, x: Float[Array, "*batch into"]) -> Float[Array, "*batch out"]:
         if axis_size("context") > 1:
             # Merged with the batch, a sequence that is sharded would have to be gathered.
-            y = x @ self.weight
-            return y + along_last(self.bias, y)
+            return self._biased(x @ self.weight)
         # As one matrix: on CPU, XLA would transpose the gradients of more axes, at half the speed.
-        y = x.reshape(-1, x.shape[-1]) @ self.weight
-        y = y + along_last(self.bias, y)
+        y = self._biased(x.reshape(-1, x.shape[-1]) @ self.weight)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _biased(self, y: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
+        # In float32, in which the bias's gradient is then summed over the batch.
+        bias = self.bias.astype(jnp.float32)
+        return (y.astype(jnp.float32) + along_last(bias, y)).astype(y.dtype)
 
 
 class LayerNorm(eqx.Module):

@@ -37,7 +37,10 @@ def by_product(
 
 
 def _rows(table: Array, ids: Array) -> Array:
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    # In float32, so that its gradient is summed in it: in bfloat16, 256 + 1 is 256.
+    wide = table.astype(jnp.float32)
+    rows = wide.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return rows.astype(table.dtype)
 
 
 def _forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -75,6 +75,10 @@ def mask_tokens(
     **Raises:** `ValueError` for a `rate` outside (0, 1), or ids outside the vocabulary.
     """
     seq = tokens.shape[1]
+    if predictions is not None and not predictions < seq:
+        raise ValueError(
+            f"`predictions={predictions}` of rows of {seq} tokens leave nothing to predict from."
+        )
     rate = rate if predictions is None else predictions / seq
     _check(mask_id, special, vocab_size, rate)
     hidden = jnp.isin(tokens, jnp.asarray(sorted(special), tokens.dtype))

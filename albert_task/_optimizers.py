@@ -53,14 +53,16 @@ class Recipe(NamedTuple):
     """At which it has fallen to 0; `None`: it stays at the peak."""
     b1: float | None = None
     """Decay of the first moment, or momentum. `None`: 0.9, and 0.95 of Muon's matrices."""
-    b2: float = 0.98
-    """For a few thousand steps. The paper's runs are longer, and have 0.999."""
+    b2: float | None = None
+    """Decay of the second moment. `None`: 0.98, for a few thousand steps. The paper's runs are
+    longer, and have 0.999."""
     eps: float = 1e-6
     """Of AdamW and LAMB."""
     schedule: str = "linear"
     """`"linear"`: falls from the peak at the end of the warm-up. `"polynomial"`, the reference's:
     falls from step 0 on, with the exponent `power`, and the warm-up takes its place before."""
-    power: float = 1.0
+    power: float | None = None
+    """`None`: 1."""
     batch_size: int | None = None
     """Rows in a batch: `learning_rate` is then meant for 4,096, and scaled by the square root."""
     layer_decay: float = 1.0
@@ -84,6 +86,11 @@ class Recipe(NamedTuple):
     def momentum(self) -> float:
         """`b1`, or what it is by default."""
         return 0.9 if self.b1 is None else self.b1
+
+    @property
+    def second(self) -> float:
+        """`b2`, or what it is by default."""
+        return 0.98 if self.b2 is None else self.b2
 
     def build(self, groups: int = 1) -> optax.GradientTransformation:
         """Decay is decoupled and scaled by the learning rate, whatever the optimizer. Moments are
@@ -116,7 +123,7 @@ class Recipe(NamedTuple):
         peak, warmup, total = self.peak, self.warmup_steps, self.total_steps
         if self.schedule == "polynomial":
             assert total is not None
-            fall = optax.polynomial_schedule(peak, 0.0, self.power, total)
+            fall = optax.polynomial_schedule(peak, 0.0, self.power or 1.0, total)
             if not warmup:
                 return fall
             rise = optax.linear_schedule(0.0, peak, warmup)
@@ -177,14 +184,27 @@ class Recipe(NamedTuple):
                     f"`{name}={value!r}` is unknown; it is one of {listed}."
                     f"{nearest(str(value), known)}"
                 )
-        for name in ("learning_rate", "layer_decay", "power"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` has to be above 0.")
-        for name in ("weight_decay", "warmup_steps", "unfreeze_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` has to be at least 0.")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"`batch_size={self.batch_size}` has to be at least 1.")
+        for name, (holds, words) in _WITHIN.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"`{name}={value!r}` has to be a number.")
+            if not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"`{name}={value}` has to be {words}.")
+        if isinstance(self.frozen, str):
+            raise TypeError(
+                f"`frozen={self.frozen!r}` has to be a tuple of regular expressions: "
+                f"`frozen=({self.frozen!r},)`."
+            )
+        if self.power is not None and self.schedule != "polynomial":
+            raise ValueError(
+                f"`power={self.power}` is the exponent of the schedule `polynomial`, but this is "
+                f"`schedule={self.schedule!r}`. Change one of the two."
+            )
+        for name in ("b1", "b2"):
+            if getattr(self, name) is not None and not has(self.optimizer, name):
+                raise ValueError(f"`{self.optimizer}` has no `{name}`. Remove `{name}=`.")
         if self.schedule == "polynomial" and self.total_steps is None:
             raise ValueError(
                 "`schedule='polynomial'` falls to 0 at the end of the run. Say where that is: "
@@ -273,7 +293,7 @@ def _moments(recipe: Recipe) -> optax.GradientTransformation:
         )
 
     def update(grads: PyTree, state: MomentsState, params: PyTree | None = None) -> Any:
-        b1, b2 = recipe.momentum, recipe.b2
+        b1, b2 = recipe.momentum, recipe.second
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + recipe.eps), mu, nu)
@@ -301,7 +321,7 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
         1.0,
         beta=0.95 if recipe.b1 is None else recipe.b1,
         adam_b1=recipe.momentum,
-        adam_b2=recipe.b2,
+        adam_b2=recipe.second,
         muon_weight_dimension_numbers=places,
         consistent_rms=0.2,
     )
@@ -309,17 +329,41 @@ def _muon(recipe: Recipe) -> optax.GradientTransformation:
 
 
 _DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
-    "adamw": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.b2, eps=r.eps),
-    "lamb": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.b2, eps=r.eps),
+    "adamw": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.second, eps=r.eps),
+    "lamb": lambda r: optax.scale_by_adam(b1=r.momentum, b2=r.second, eps=r.eps),
     "adamw_reference": _moments,
     "lamb_reference": _moments,
     "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
-    "lion": lambda r: optax.scale_by_lion(b1=r.momentum, b2=r.b2),
+    "lion": lambda r: optax.scale_by_lion(b1=r.momentum, b2=r.second),
     "sgd": lambda r: optax.trace(r.momentum),
     "muon": _muon,
 }
 OPTIMIZERS = tuple(_DIRECTIONS)
 _ADAPTED = ("lamb", "lamb_reference")
+_WITHOUT = {"adafactor": ("b1", "b2"), "sgd": ("b2",)}
+"""Numbers that an optimizer does not have."""
+
+
+def has(optimizer: str, number: str) -> bool:
+    """Whether an optimizer has that number, `b1` or `b2`."""
+    return number not in _WITHOUT.get(optimizer, ())
+
+
+_POSITIVE: Any = lambda x: x > 0, "above 0, and finite"
+_FROM_0: Any = lambda x: x >= 0, "at least 0, and finite"
+_DECAY: Any = lambda x: 0 <= x < 1, "at least 0, and below 1"
+_WITHIN = {
+    "learning_rate": _POSITIVE,
+    "layer_decay": _POSITIVE,
+    "power": _POSITIVE,
+    "eps": _POSITIVE,
+    "weight_decay": _FROM_0,
+    "warmup_steps": _FROM_0,
+    "unfreeze_every": _FROM_0,
+    "b1": _DECAY,
+    "b2": _DECAY,
+    "batch_size": (lambda x: x >= 1, "at least 1"),
+}
 
 
 def computed_beside(optimizer: str, config: AlbertConfig) -> AlbertConfig:

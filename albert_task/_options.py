@@ -221,9 +221,9 @@ class PretrainOptions(NamesModel):
         least=0,
         below=1,
     )
-    b2: float = option(
-        0.98,
-        "decay of the optimizer's second moment",
+    b2: float | None = option(
+        None,
+        "decay of the optimizer's second moment (default: 0.98)",
         group="model and training",
         type=float,
         least=0,
@@ -347,6 +347,8 @@ class PretrainOptions(NamesModel):
                 f"There are {len(self.weights)} `--weights`, but {len(self.text)} globs of "
                 "`--text`. Give one weight for each."
             )
+        if self.scale_lr and self.lr is None:
+            raise ValueError("`--scale-lr` says what `--lr` is meant for: give both.")
         if self.streaming and not self.dataset:
             raise ValueError("`--streaming` says something about `--dataset`: give both.")
         if self.schedule == "reference" and self.epochs is not None:

@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxlightning import Accuracy, Mean, Metric
 
+from ._base import example_weights
 from ._config import AlbertConfig
 from ._layers import Dense, named_key
 from ._losses import cross_entropy
 from ._model import Albert, MaskedLMHead
-from ._rows import IGNORED, Rows
+from ._rows import IGNORED
 from ._tasks import AlbertForMaskedLM
 
 
@@ -49,10 +50,10 @@ class AlbertForPreTraining(AlbertForMaskedLM):
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> tuple[dict[str, Mean], dict[str, Metric]]:
         order = _order_of(batch)
-        rows = Rows.read(batch, self.config)
-        mlm, metrics, hidden = self.masked_lm(rows, key)
+        mlm, metrics, hidden = self.masked_lm(batch, key)
         logits = self.order_logits(hidden, batch.get("segment_ids"), order.shape[1])
         known = (order != IGNORED).astype(jnp.float32)
+        known = known * example_weights(batch, known[:, 0])[:, None]
         labels = jnp.where(order == IGNORED, 0, order)
         sop = Mean.over(cross_entropy(logits, labels), known)
         metrics["sop_accuracy"] = Accuracy.of(logits, labels, where=known)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
@@ -14,10 +13,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 from jaxlightning import Accuracy, Mean, Metric, Perplexity
 from jaxlightning.parallel import Rule
 
-from ._base import AlbertTask
+from ._base import AlbertTask, example_weights
 from ._config import AlbertConfig
 from ._layers import named_key
-from ._losses import scored
+from ._losses import likeliest, scored
 from ._masking import mask_tokens
 from ._model import Albert, MaskedLMHead, gather
 from ._rows import IGNORED, Rows
@@ -37,6 +36,7 @@ class AlbertForMaskedLM(AlbertTask):
     - `token_type_ids`: by default 0;
     - `segment_ids`: for rows packed of several texts, 1, 2, … and 0 for padding: tokens see those
       of their own text. Usually along with `position_ids`, by default 0, 1, 2, …;
+    - `example_weight`: float (batch,), 0 for rows that count nothing; by default 1;
     - `labels`: the tokens to predict, -100 elsewhere. Then nothing is masked here, and the head
       runs on all positions. Without them it runs on the masked ones only.
 
@@ -98,16 +98,17 @@ class AlbertForMaskedLM(AlbertTask):
     def training_step(
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> tuple[Mean | dict[str, Mean], dict[str, Metric]]:
-        loss, metrics, _ = self.masked_lm(Rows.read(batch, self.config), key)
+        loss, metrics, _ = self.masked_lm(batch, key)
         return loss, metrics
 
     def limits(self, batch: Mapping[str, Any]) -> dict[str, int]:
         return super().limits(batch) | {"labels": self.config.vocab_size}
 
     def masked_lm(
-        self, rows: Rows, key: PRNGKeyArray
+        self, batch: dict[str, Any], key: PRNGKeyArray
     ) -> tuple[Mean, dict[str, Metric], Float[Array, "batch seq hidden"]]:
         """The loss of what is masked, its metrics, and all hidden vectors."""
+        rows = Rows.read(batch, self.config)
         if rows.labels is None:
             masked = mask_tokens(
                 rows.tokens,
@@ -129,6 +130,8 @@ class AlbertForMaskedLM(AlbertTask):
             hidden = chosen = self.hidden(rows, key)
             weights = (rows.labels != IGNORED).astype(jnp.float32)
             labels = jnp.where(rows.labels == IGNORED, 0, rows.labels)
+        if "example_weight" in batch:
+            weights = weights * example_weights(batch, weights[:, 0])[:, None]
         nll, best = scored(self.head, self.albert.embeddings.words, chosen, labels)
         metrics = {
             "accuracy": Accuracy.of(best, labels, where=weights),
@@ -140,9 +143,8 @@ class AlbertForMaskedLM(AlbertTask):
         self, batch: dict[str, Any], *, key: PRNGKeyArray
     ) -> dict[str, Shaped[Array, "batch seq top"]]:
         """The likeliest pieces at every position, best first: `ids`, and `log_probs`."""
-        log_probs = jax.nn.log_softmax(self.logits(batch), axis=-1)
-        best, ids = jax.lax.top_k(log_probs, self.top_k)
-        return {"ids": ids, "log_probs": best}
+        hidden = eqx.nn.inference_mode(self).hidden(Rows.read(batch, self.config))
+        return likeliest(self.head, self.albert.embeddings.words, hidden, self.top_k)._asdict()
 
     def partition_rules(self) -> Sequence[Rule]:
         return (*super().partition_rules(), ("head/bias", PartitionSpec("tensor")))

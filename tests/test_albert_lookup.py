@@ -29,11 +29,12 @@ def test_the_gradient_adds_up_all_places_of_a_row(monkeypatch, entries):
     np.testing.assert_allclose(gradient(looked_up), expected, atol=1e-5)
 
 
-def test_it_is_summed_in_float32_whatever_the_dtype():
+@pytest.mark.parametrize("lookup", [looked_up, by_product])
+def test_it_is_summed_in_float32_whatever_the_dtype(lookup):
     """10,000 times 0.01 in bfloat16 stays at 4, where 0.01 is too small to count."""
     table, ids = jnp.ones((3, 2), jnp.bfloat16), jnp.ones((4, 2500), jnp.int32)
     weights = jnp.full((4, 2500, 2), 0.01, jnp.bfloat16)
-    found = gradient(by_product, table, weights, ids)
+    found = gradient(lookup, table, weights, ids)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32)[1], 100, rtol=0.01)
     assert not found[0].any()

@@ -13,7 +13,9 @@ SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 VOCAB = 40
 
 
-jitted = jax.jit(mask_tokens, static_argnames=("mask_id", "special", "vocab_size", "rate"))
+jitted = jax.jit(
+    mask_tokens, static_argnames=("mask_id", "special", "vocab_size", "rate", "predictions")
+)
 
 
 def mask(tokens, seed=0, **options):
@@ -138,6 +140,7 @@ def test_tokens_keep_their_dtype():
     [
         ({"rate": 0.0}, r"`rate=0.0`, has to lie in \(0, 1\)"),
         ({"rate": 1.0}, r"`rate=1.0`, has to lie in \(0, 1\)"),
+        ({"predictions": 8}, "`predictions=8` of rows of 8 tokens leave nothing to predict from"),
         ({"mask_id": 7}, r"`mask_id=7` has to be among the ids of `special="),
         ({"special": (4, 40)}, "special token 40 is no id of a vocabulary of `vocab_size=40`"),
         ({"special": (4, -1)}, "special token -1 is no id"),

@@ -172,8 +172,8 @@ def test_momentum_reaches_every_optimizer():
     for name in OPTIMIZERS:
         if name != "adafactor":  # which has none
             assert np.abs(second(name, None) - second(name, 0.1)).max() > 1e-4, name
-        own = 0.95 if name == "muon" else 0.9
-        np.testing.assert_array_equal(second(name, None), second(name, own))
+            own = 0.95 if name == "muon" else 0.9
+            np.testing.assert_array_equal(second(name, None), second(name, own))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_reference"])
@@ -238,10 +238,19 @@ def test_the_table():
         ({"batch_size": 0}, "`batch_size=0` has to be at least 1"),
         ({"unfreeze_every": -1}, "`unfreeze_every=-1` has to be at least 0"),
         ({"optimizer": "lamb_referense"}, "Did you mean `lamb_reference`"),
+        ({"eps": 0.0}, "`eps=0.0` has to be above 0"),
+        ({"learning_rate": float("inf")}, "`learning_rate=inf` has to be above 0, and finite"),
+        ({"learning_rate": "1e-3"}, "`learning_rate='1e-3'` has to be a number"),
+        ({"b1": -1.0}, "`b1=-1.0` has to be at least 0, and below 1"),
+        ({"b2": 1.0}, "`b2=1.0` has to be at least 0, and below 1"),
+        ({"optimizer": "adafactor", "b1": 0.9}, "`adafactor` has no `b1`"),
+        ({"optimizer": "sgd", "b2": 0.9}, "`sgd` has no `b2`"),
+        ({"power": 2.0}, "exponent of the schedule `polynomial`, but this is `schedule='linear'`"),
+        ({"frozen": "embeddings"}, r"has to be a tuple of .*: `frozen=\('embeddings',\)`"),
     ],
 )
 def test_what_cannot_be(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         Recipe(**options).check()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -19,9 +20,10 @@ from albert_task import (
     Recipe,
     SpecialIds,
     _losses,
+    _tasks,
     mask_tokens,
 )
-from albert_task._layers import named_key
+from albert_task._layers import Dense, named_key
 from albert_task._rows import Rows
 from jaxlightning import Callback, DataLoader
 from jaxlightning._precision import cast_task
@@ -95,6 +97,19 @@ def test_rows_of_padding_count_nothing(task):
     assert [float(x) for x in nothing] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_rows_of_no_weight_count_nothing(task, labelled):
+    tokens = np.concatenate([rows(2), rows(2)])  # whose labels are the same where they are given
+    batch = {"tokens": tokens} | ({"labels": labels(tokens)} if labelled else {})
+    whole = {k: jnp.asarray(v) for k, v in batch.items()}
+    metrics = jax.jit(lambda b: task.training_step(b, key=KEY)[0])
+    loss = metrics(whole)
+    half = metrics(whole | {"example_weight": jnp.asarray([1.0, 1.0, 0.0, 0.0])})
+    assert float(half.weight) == float(loss.weight) / 2
+    none = metrics(whole | {"example_weight": jnp.zeros(4)})
+    assert float(none.weight) == float(none.total) == 0
+
+
 def test_masks_are_fresh_with_each_key_and_never_otherwise(task):
     batch = {"tokens": jnp.asarray(rows())}
     one, same = step(task, batch), step(task, batch)
@@ -135,7 +150,9 @@ def test_packed_segments_are_separate_rows(task):
     assert np.isfinite(logits).all()
 
 
-def test_predictions_are_the_likeliest_pieces(task):
+@pytest.mark.parametrize("chunk", [_losses.CHUNK, 6])
+def test_predictions_are_the_likeliest_pieces(task, chunk, monkeypatch):
+    monkeypatch.setattr(_tasks, "likeliest", partial(_losses.likeliest, chunk=chunk))
     tokens = rows(3, 8)
     found = quiet().predict(task, DataLoader({"tokens": tokens}, 3))
     log_probs = log_softmax(numpy_logits(task, tokens, tokens != 0))
@@ -253,6 +270,35 @@ def test_bf16_mixed_has_float32_logits_and_loss(task, monkeypatch):
     assert loss.dtype == jnp.float32
     assert loss != loss.astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_allclose(loss, exact, rtol=0.02)
+
+
+def narrow(module, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, module)
+
+
+def test_chunks_add_up_their_gradients_in_float32(task):
+    """Of a thousand chunks, where bfloat16 would lose what each adds."""
+    generator = np.random.default_rng(0)
+    hidden = jnp.asarray(generator.normal(size=(1, 1000, TINY.hidden_size)), jnp.float32)
+    goals = jnp.asarray(generator.integers(5, 40, (1, 1000)))
+
+    def gradient(dtype, chunk):
+        def loss(head, words):
+            return _losses.scored(head, words, hidden.astype(dtype), goals, chunk).nll.sum()
+
+        weights = narrow(task.head, dtype), task.albert.embeddings.words.astype(dtype)
+        return jax.jit(jax.grad(loss, argnums=1))(*weights).astype(jnp.float32)
+
+    exact = gradient(jnp.float32, 1000)
+    off = jnp.linalg.norm(gradient(jnp.bfloat16, 1) - exact) / jnp.linalg.norm(exact)
+    assert off < 0.01
+
+
+def test_biases_add_up_their_gradients_in_float32():
+    dense = narrow(Dense(4, 2, TINY, key=KEY), jnp.bfloat16)
+    x = jnp.ones((16, 1024, 4), jnp.bfloat16)
+    found = jax.jit(jax.grad(lambda dense: dense(x).astype(jnp.float32).sum()))(dense)
+    np.testing.assert_array_equal(found.bias.astype(jnp.float32), 16384)
 
 
 # Its optimizer

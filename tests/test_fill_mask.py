@@ -1,14 +1,16 @@
 """What a model puts in the place of `[MASK]`, and how the text reads then."""
 
 import dataclasses
+import json
 
 import equinox as eqx
 import numpy as np
 import pytest
 import tiny_albert
 from tiny_albert import TINY, numpy_albert, numpy_head
+from tokenizers import Tokenizer
 
-from albert_task import fill_mask, special_ids, train_tokenizer
+from albert_task import fill_mask, pseudo_perplexity, special_ids, train_tokenizer
 from albert_task._fill_mask import Guess
 
 LINES = [
@@ -35,6 +37,30 @@ def insisting(task, tokenizer, piece):
     """The task, with `piece` likeliest everywhere."""
     bias = task.head.bias.at[tokenizer.token_to_id(piece)].set(100.0)
     return eqx.tree_at(lambda t: t.head.bias, task, bias)
+
+
+def swapped(tokenizer):
+    """The same tokenizer, but that `<pad>` and `<unk>` have each other's ids."""
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[0], vocabulary[1] = vocabulary[1], vocabulary[0]
+    content["model"]["unk_id"] = 0
+    for token in content["added_tokens"]:
+        token["id"] = {0: 1, 1: 0}.get(token["id"], token["id"])
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def test_surprise_does_not_depend_on_what_fills_up(task, tokenizer):
+    text = "the quick fox"
+    found = pseudo_perplexity(task, tokenizer, text)
+    assert pseudo_perplexity(task, swapped(tokenizer), text) == pytest.approx(found, rel=1e-6)
+
+
+def test_unknown_pieces_surprise(task, tokenizer):
+    assert 1 in tokenizer.encode("the fox 龘").ids
+    assert pseudo_perplexity(task, tokenizer, "龘") > 1
+    unlikely = eqx.tree_at(lambda t: t.head.bias, task, task.head.bias.at[1].set(-50.0))
+    assert pseudo_perplexity(unlikely, tokenizer, "the fox 龘") > 1e3
 
 
 @pytest.mark.parametrize("words", [3, 24], ids=["short", "as long as it can be"])

@@ -107,6 +107,7 @@ def test_help_lists_every_option(capsys):
         ({"mask_probability": 0.0}, r"`--mask-probability 0.0` has to be above 0 and below 1"),
         ({"dropout": 1.0}, r"`--dropout 1.0` has to be at least 0 and below 1"),
         ({"warmup": 300.0, "steps": 300}, r"`--warmup 300` takes all of the `--steps 300`"),
+        ({"scale_lr": True}, "`--scale-lr` says what `--lr` is meant for: give both"),
         ({"max_time": "3h"}, r'`--max-time="3h"` is no duration. Write `--max-time="00:12:00:00"`'),
         ({"text": ("a",), "dataset": "b"}, r"`--text` and `--dataset` are two sources"),
         ({"dataset_config": "en"}, r"`--dataset-config` says something about `--dataset`"),
