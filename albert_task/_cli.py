@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 import textwrap
@@ -277,10 +278,21 @@ def _add_options(parser: _Parser, options: type[Any]) -> None:
     )
 
 
+_INSTEAD = [
+    (one, other)
+    for pair in (("steps", "epochs"), ("text", "dataset"))
+    for one, other in (pair, pair[::-1])
+]
+"""Options of which one that is given takes the place of the other in a file."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 2 for what the user can put right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     only = next((one for one in arguments if one in _COMMANDS), None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot write is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser(only)
     given = vars(parser.parse_args(arguments))
     name = given.pop("command")
@@ -292,6 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         kind = command.options()
         stored = {} if file is None else _read(Path(file), kind)
+        for one, other in _INSTEAD:
+            if one in given and other not in given:
+                stored.pop(other, None)
         chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in (stored | given).items()}
         options = kind(**(command.inherited(chosen) | chosen))
         if prints:
@@ -363,6 +378,8 @@ def _typed(path: Path, name: str, value: Any, field: dataclasses.Field[Any]) -> 
                 with contextlib.suppress(ValueError):
                     read.append(float(one))
                     continue
+            if name == "max_time" and isinstance(one, int):  # YAML's base 60
+                raise ValueError(f'`{path}`: put `{name}` in quotes: `{name}: "00:12:00:00"`.')
             if wanted is str and isinstance(one, int | float) and not isinstance(one, bool):
                 read.append(str(one))
                 continue
@@ -370,6 +387,8 @@ def _typed(path: Path, name: str, value: Any, field: dataclasses.Field[Any]) -> 
                 f"`{path}`: `{name}: {one!r}` has to be of type `{wanted.__name__}`, and is "
                 f"`{type(one).__name__}`."
             )
+        if isinstance(one, str) and one.startswith("~"):  # as a shell does it
+            one = os.path.expanduser(one)
         read.append(float(one) if number else one)
     return tuple(read) if "nargs" in how else read[0]
 

@@ -245,6 +245,8 @@ class AlbertConfig:
         for name in sorted(set(values) - fields):
             # A misspelt field must not pass as one of Hugging Face's further keys, of which
             # `sep_token_id` is the one nearest to a field: 0.83.
+            if name == "classifier_dropout" and "model_type" in values:
+                continue  # BERT's key, which transformers writes here too
             misspelt = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
             if misspelt or "model_type" not in values:
                 raise ValueError(
@@ -300,8 +302,12 @@ def _labels(values: dict[str, Any]) -> tuple[str, ...]:
     named = values.get("id2label")
     if named is None:
         kinds = values.get("architectures") or []
+        kinds = kinds if isinstance(kinds, list) else [kinds]
         default = 2 if any(re.fullmatch(_CLASSIFIES, str(kind)) for kind in kinds) else 0
-        return unnamed_labels(values.get("num_labels", default))
+        count = values.get("num_labels", default)
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise ValueError(f"`num_labels={count!r}` has to be an integer.")
+        return unnamed_labels(count)
     try:
         by_id = {int(number): str(label) for number, label in named.items()}
     except (AttributeError, ValueError) as error:

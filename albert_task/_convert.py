@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ from ._names import from_tensors, lacking, to_tensors, unread
 from ._pretraining_task import AlbertForPreTraining
 from ._question_answering import AlbertForQuestionAnswering
 from ._tasks import AlbertForMaskedLM
+from ._tokenizer import load_tokenizer, tokenizer_config
 from ._weight_files import read_tensors
 
 if TYPE_CHECKING:
@@ -97,9 +100,11 @@ def from_pretrained(
         tensors = {n: t for n, t in tensors.items() if not n.startswith("classifier.")}
     if named is Albert:
         like = eqx.filter_eval_shape(lambda key: Albert(config, key=key), jax.random.key(0))
-        if lacking(tensors, like):
+        if not any(re.match(r"(albert\.)?pooler\.", name) for name in tensors):
             like = eqx.tree_at(lambda model: model.pooler, like, None)
-        return from_tensors(tensors, like, source=str(folder))
+        model = from_tensors(tensors, like, source=str(folder))
+        _report(folder, [], unread(tensors, like))
+        return model
     init = lambda key: named.init(config, key, **options)
     like = eqx.filter_eval_shape(init, jax.random.key(0))
     fresh = lacking(tensors, like) if kind is not None else []
@@ -149,7 +154,8 @@ def _report(folder: Path, fresh: list[str], left_out: list[str]) -> None:
 
 def _architectures(path: Path) -> list[Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content.get("architectures") or ["AlbertForMaskedLM"]
+    names = content.get("architectures") or ["AlbertForMaskedLM"]
+    return names if isinstance(names, list) else [names]
 
 
 def _plain(name: Any) -> str:
@@ -185,31 +191,40 @@ def save_pretrained(
 
     **Arguments:**
 
-    - `tokenizer`: written as `tokenizer.json`; or a folder, whose tokenizer's files are copied.
+    - `tokenizer`: written as `tokenizer.json`, or the place of one: a file, or a folder, whose
+      tokenizer's files are copied. A `tokenizer_config.json` keeps transformers from taking a
+      normalisation of its own.
     - `max_shard_size`: bytes; larger models are parted, with `model.safetensors.index.json`.
 
-    **Raises:** `ValueError` for a model that Hugging Face has not, and for the folder of a run.
+    **Raises:** `ValueError` for a model that Hugging Face has not, and for the folder of a run;
+    `FileNotFoundError` where there is no such tokenizer.
     """
     folder = Path(folder)
     if (folder / "run.json").is_file():
         raise ValueError(f"`{folder}` is a run's folder, which keeps its own. Choose another one.")
-    folder.mkdir(parents=True, exist_ok=True)
     kind = next((name for name, of in MODELS.items() if type(model) is of), None)
     if kind is None:
         raise ValueError(
             f"Hugging Face has no model for a `{type(model).__name__}`. Save its `albert`, or a "
             f"task of {', '.join(f'`{name}`' for name in MODELS)}."
         )
-    config = {**model.config.to_dict(), "architectures": [kind]}
-    write_json(folder / "config.json", config)
-    _save_tensors(to_tensors(model), folder, max_shard_size)
+    copied: list[Path] = []
     if isinstance(tokenizer, str | Path):
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer) / name).is_file():
-                with whole(folder / name) as scratch:
-                    shutil.copyfile(Path(tokenizer) / name, scratch)
-    elif tokenizer is not None:
+        place = Path(tokenizer)
+        tokenizer = load_tokenizer(place)
+        copied = [place / name for name in TOKENIZER_FILES if (place / name).is_file()]
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_tensors(to_tensors(model), folder, max_shard_size)
+    write_json(folder / "config.json", {**model.config.to_dict(), "architectures": [kind]})
+    for path in copied:
+        with whole(folder / path.name) as scratch:
+            shutil.copyfile(path, scratch)
+    if tokenizer is not None and not copied:
         write_text(folder / "tokenizer.json", tokenizer.to_str())
+    if tokenizer is not None and "tokenizer_config.json" not in {path.name for path in copied}:
+        write_json(
+            folder / "tokenizer_config.json", tokenizer_config(model.config.max_position_embeddings)
+        )
 
 
 def _save_tensors(tensors: dict[str, Shaped[np.ndarray, ...]], folder: Path, limit: int) -> None:
@@ -228,15 +243,16 @@ def _save_tensors(tensors: dict[str, Shaped[np.ndarray, ...]], folder: Path, lim
         "model.safetensors" if single else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
-    for name, shard in zip(names, shards, strict=True):
-        with whole(folder / name) as scratch:
-            save_file(shard, scratch, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
-    if single:
-        index.unlink(missing_ok=True)
-        return
-    places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
-    total = sum(array.nbytes for array in tensors.values())
-    content = {"metadata": {"total_size": total}, "weight_map": places}
-    write_json(index, content)
-    (folder / "model.safetensors").unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name, shard in zip(names, shards, strict=True):
+            scratch = stack.enter_context(whole(folder / name))
+            save_file(shard, scratch, metadata={"format": "pt"})
+        index.unlink(missing_ok=True)  # it would name parts of two models
+    if not single:
+        places = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
+        total = sum(array.nbytes for array in tensors.values())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": places})
+    for path in (folder / "model.safetensors", *folder.glob("model-*-of-*.safetensors")):
+        if path.name not in names:
+            path.unlink(missing_ok=True)

@@ -165,7 +165,8 @@ class PretrainingData(DataModule):
     - `weights`: of several stores, in any unit; by default their sizes.
     - `seq_len`: tokens in a row, [CLS] and [SEP] included.
     - `pairs`, `packed`, `short`: of `SegmentRows`; `pairs` are for `AlbertForPreTraining`.
-    - `batch_size`, `val_batch_size`: rows in a batch.
+    - `batch_size`, `val_batch_size`: rows in a batch. The masks of a validation, drawn by batch,
+      and so its figures a little, depend on the latter.
     - `val_fraction`: of each store's tokens, kept for validation, in whole documents.
     - `max_val_rows`: validation uses this many rows at most, spread evenly over them.
     - `seed`: of the split and of the order of the training rows.

@@ -101,7 +101,7 @@ def model_folder(
 
     **Raises:** `FileNotFoundError` where there is neither.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         inner = path / "model"
         return inner if not (path / "config.json").is_file() and inner.is_dir() else path

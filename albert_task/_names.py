@@ -108,6 +108,7 @@ def from_tensors(
     used: set[str] = set()
     missing: list[str] = []
     misshaped: list[str] = []
+    foreign_kinds: list[str] = []
 
     def filled(path: Any, leaf: Any) -> Any:
         if not (eqx.is_array(leaf) or _is_abstract(leaf)):
@@ -115,7 +116,10 @@ def from_tensors(
         place = jax.tree_util.keystr(path)
         name, shape = name_of(place), _torch_shape(place, leaf)
         array = None if name not in tensors else np.asarray(tensors[name])
-        if array is not None and array.shape == shape:
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            used.add(name)
+            foreign_kinds.append(f"`{name}` holds {array.dtype}")
+        elif array is not None and array.shape == shape:
             used.add(name)
             # A copy: `jnp.asarray` may share the memory, which a training step then gives away.
             return jnp.array(array.T if _is_transposed(place, leaf) else array, leaf.dtype)
@@ -136,6 +140,7 @@ def from_tensors(
         for what, found in (
             ("Missing", missing),
             ("Of another shape", misshaped),
+            ("No numbers with a fraction, such as of a quantised model", foreign_kinds),
             ("Left over", sorted(extra)),
             ("Not equal to what it is tied to here", untied),
         )
@@ -183,7 +188,7 @@ def _prefixed(tensors: Mapping[str, Any], like: Any) -> Mapping[str, Any]:
         return {f"albert.{n}" if n.startswith(parts) else n: t for n, t in tensors.items()}
     if not inside:
         return tensors
-    return {name.removeprefix("albert."): tensors[name] for name in inside}
+    return {name.removeprefix("albert."): tensor for name, tensor in tensors.items()}
 
 
 def _untied(tensors: Mapping[str, Any]) -> list[str]:

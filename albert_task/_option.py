@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -55,6 +56,7 @@ def check_values(options: Any) -> None:
         value, known = getattr(options, field.name), field.metadata["one_of"]
         if value is None:
             continue
+        _check_sound(flag(field.name), value)
         if known and value not in known:
             listed = ", ".join(f"`{choice}`" for choice in known)
             raise ValueError(
@@ -65,6 +67,14 @@ def check_values(options: Any) -> None:
         if not all(_HOLDS[words](value, bound) for words, bound in bounds.items()):
             wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
             raise ValueError(f"`{flag(field.name)} {value}` has to be {wanted}.")
+
+
+def _check_sound(name: str, value: Any) -> None:
+    for one in value if isinstance(value, tuple) else (value,):
+        if one == "":  # such as of a shell's variable that is not set
+            raise ValueError(f"`{name}` has an empty value.")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError(f"`{name} {one}` has to be a finite number.")
 
 
 _HOLDS = {  # not with NaN

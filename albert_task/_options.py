@@ -337,11 +337,18 @@ class PretrainOptions(NamesModel):
             object.__setattr__(self, "steps", _STEPS)
         if self.epochs is not None and self.steps is not None:
             raise ValueError("`--steps` and `--epochs` are two lengths of the run. Give one.")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(
+                f"`--warmup {self.warmup:g}` is neither a share below 1 nor a whole number of "
+                "steps."
+            )
         if self.steps is not None and self.warmup_amount >= self.steps:
             raise ValueError(
                 f"`--warmup {self.warmup:g}` takes all of the `--steps {self.steps}`. Write a "
                 "share such as `--warmup 0.05`."
             )
+        if self.weights and not (min(self.weights) >= 0 and max(self.weights) > 0):
+            raise ValueError("`--weights` have to be at least 0, and one of them above it.")
         if self.weights and len(self.weights) != len(self.text):
             raise ValueError(
                 f"There are {len(self.weights)} `--weights`, but {len(self.text)} globs of "

@@ -68,6 +68,8 @@ def prepare(options: PretrainOptions) -> Prepared:
     folder = run_folder(options.out)
     options.config()
     tokenizer = _given_tokenizer(options)
+    if tokenizer is None and options.vocab_size is not None:
+        options.config(options.vocab_size)
     check_same_run(folder, _chosen(options))  # before a corpus is built
     sources = _sources(options, folder)
     source = AllText(sources)

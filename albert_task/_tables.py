@@ -118,24 +118,24 @@ def read_table(path: str | Path) -> Table:
     **Raises:** `FileNotFoundError`; `ValueError` for a broken file, with the line.
     """
     given, path = str(path), Path(path)
-    if not path.exists() and path.suffix in SUFFIXES:
+    if not path.exists() and path.suffix.lower() in SUFFIXES:
         raise FileNotFoundError(f"There is no file `{path}`.")
     if not path.is_file():
         return _dataset(given)
     if path.stat().st_size == 0:
         raise ValueError(f"The file `{path}` is empty.")
-    if path.suffix in (".tsv", ".csv"):
+    if path.suffix.lower() in (".tsv", ".csv"):
         return _separated(path)
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return _json_lines(path)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return _parquet(path)
     listed = ", ".join(f"`{suffix}`" for suffix in SUFFIXES)
     raise ValueError(f"`{path}` ends in none of {listed}. Rename it, or convert it.")
 
 
 def _separated(path: Path) -> Table:
-    tabs = path.suffix == ".tsv"
+    tabs = path.suffix.lower() == ".tsv"
     how: dict[str, Any] = (
         {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"delimiter": ","}
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ class TextFiles:
         found = [path for pattern in given for path in _matches(str(pattern))]
         self.paths = list(dict.fromkeys(found))
         self.column = column
-        if column is not None and not any(path.suffix in _OBJECTS + _TABLES for path in self.paths):
+        if column is not None and not any(
+            path.suffix.lower() in _OBJECTS + _TABLES for path in self.paths
+        ):
             raise ValueError(
                 f"There is no column `{column}` in plain text, which all of {given} is taken for: "
                 f"{', '.join(f'`{suffix}`' for suffix in _OBJECTS + _TABLES)} have columns."
@@ -59,9 +62,9 @@ class TextFiles:
                 raise ValueError(f"The file `{path}` holds no text, only blanks.")
 
     def _read(self, path: Path) -> Iterator[Document]:
-        if path.suffix in _OBJECTS:
+        if path.suffix.lower() in _OBJECTS:
             texts = _json_lines(path, self.column)
-        elif path.suffix in _TABLES:
+        elif path.suffix.lower() in _TABLES:
             texts = _table(path, self.column)
         else:
             texts = _plain(path)
@@ -82,7 +85,11 @@ class TextFiles:
 
 def _matches(pattern: str) -> list[Path]:
     if Path(pattern).is_dir():
-        files = sorted(path for path in Path(pattern).rglob("*") if path.suffix in _SUFFIXES)
+        files = sorted(
+            path
+            for path in Path(pattern).rglob("*")
+            if path.is_file() and path.suffix.lower() in _SUFFIXES
+        )
         if not files:
             raise FileNotFoundError(
                 f"The folder `{pattern}` has no text in it: no file that ends in "
@@ -161,7 +168,11 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
                 f"Line {number} of `{path}` has no string in `{chosen}`: it is a "
                 f"`{type(text).__name__}`."
             )
-        yield text
+        yield _SURROGATE.sub("\ufffd", text)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a character, which JSON can write and UTF-8 cannot: what was cut in the middle."""
 
 
 def _table(path: Path, column: str | None) -> Iterator[str]:
@@ -186,7 +197,7 @@ def _columns(path: Path, column: str | None) -> Iterator[Any]:
     import pyarrow.parquet
 
     with path.open("rb") as file:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             table = pyarrow.parquet.ParquetFile(file)
             chosen = _arrow_column(table.schema_arrow, column, path)
             for batch in table.iter_batches(columns=[chosen]):

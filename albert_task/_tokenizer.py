@@ -123,6 +123,7 @@ def _dressed(model: Any) -> Tokenizer:
             normalizers.NFKC(),
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(left=False, right=True),
         ]
     )
     # "first": no `▁` before what follows a [MASK] at once, so "[MASK]." ends as "fox." does.
@@ -184,6 +185,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def tokenizer_config(positions: int) -> dict[str, Any]:
+    """Hugging Face's `tokenizer_config.json` beside a `tokenizer.json`: that it is taken as it is.
+    By the model's type alone, transformers 5 would put its own normalisation in its place."""
+    pad, unk, cls, sep, mask = SPECIAL_TOKENS
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "unk_token": unk,
+        "cls_token": cls,
+        "sep_token": sep,
+        "mask_token": mask,
+        "bos_token": cls,
+        "eos_token": sep,
+        "model_max_length": positions,
+    }
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
@@ -269,6 +287,7 @@ def _from_sentencepiece(data: bytes) -> Tokenizer:
     if charsmap:
         steps.append(normalizers.Precompiled(charsmap))
     steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    steps.append(normalizers.Strip(left=False, right=True))
     tokenizer.normalizer = normalizers.Sequence(steps)
     own = [
         piece

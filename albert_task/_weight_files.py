@@ -42,10 +42,13 @@ def _parts(index: Path) -> Tensors:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(named.values()))
         inside = all(Path(file).name == file for file in files)
+        foreign = [file for file in files if Path(file).suffix not in _READERS]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"`{index}` is no index of a model's parts: {error!r}.") from None
     if not inside:
         raise ValueError(f"`{index}` names a file outside its folder: {files}.")
+    if foreign:
+        raise ValueError(f"`{index}` names files of another format: {', '.join(foreign)}.")
     missing = [file for file in files if not (index.parent / file).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -69,6 +72,8 @@ def _safetensors(path: Path) -> Tensors:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"`{path}` is no safetensors file: {error}.") from error
+    except (AttributeError, TypeError) as error:  # of dtypes that numpy has not
+        raise ValueError(f"`{path}` holds numbers of a kind that is not read: {error}.") from error
 
 
 def _msgpack(path: Path) -> Tensors:

@@ -3,6 +3,7 @@
 Needs `torch` and `transformers` (of 4.57 for Flax); `test_weight_files.py` has the files without.
 """
 
+import dataclasses
 import importlib.util
 
 import equinox as eqx
@@ -21,6 +22,7 @@ from albert_task import (
     AlbertForTokenClassification,
     from_pretrained,
     save_pretrained,
+    train_tokenizer,
 )
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (the extra `peers`)")
@@ -192,6 +194,19 @@ def test_the_last_flax_models(kind, tmp_path):
         assert_close((task.logits(to_jax(batch)),), found)
     else:
         assert_close(outputs(task, to_jax(batch)), found)
+
+
+def test_transformers_takes_the_tokenizer_as_it_is(tmp_path):
+    """Also version 5, which for an ALBERT would have a normalisation of its own."""
+    text = ["naïve café déjà vu", "the fox, 11,423 times"] * 20
+    tokenizer = train_tokenizer(text, 60)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.get_vocab_size())
+    save_pretrained(AlbertForPreTraining.init(config, jax.random.key(0)), tmp_path, tokenizer)
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for one in (*text[:2], "naïve[MASK].", "x [MASK] vu ", "  déjà\tvu"):
+        assert there(one)["input_ids"] == tokenizer.encode(one).ids, one
+    pair = tokenizer.encode("the fox", "vu")
+    assert there("the fox", "vu")["token_type_ids"] == pair.type_ids
 
 
 def test_names_that_transformers_parts(tmp_path):

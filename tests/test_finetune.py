@@ -256,6 +256,7 @@ def test_options_from_a_file(tmp_path, capsys):
         ("epochs: many\n", "`epochs: 'many'` has to be of type `int`, and is `str`"),
         ("epochs: [1, 2]\n", "`epochs` is one value, not a list"),
         ("task: qna\n", "`--task qna` is unknown; it is one of `classification`"),
+        ("out: ''\ntrain: a\n", "`--out` has an empty value"),
         ("a: [\n", "is no YAML file"),
         ("- a\n", "has to hold options, such as `steps: 1000`"),
     ],

@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import yaml
 
 from albert_task import _stages
 from albert_task._cli import main
@@ -101,12 +102,16 @@ def test_help_lists_every_option(capsys):
         ({"steps": 9, "epochs": 2}, r"`--steps` and `--epochs` are two lengths of the run. Give o"),
         ({"seq_len": 2}, r"`--seq-len 2` has to be at least 3"),
         ({"lr": 0.0}, r"`--lr 0.0` has to be above 0"),
-        ({"lr": float("nan")}, r"`--lr nan` has to be above 0"),
+        ({"lr": float("nan")}, r"`--lr nan` has to be a finite number"),
         ({"weight_decay": -1.0}, r"`--weight-decay -1.0` has to be at least 0"),
         ({"val_fraction": 1.0}, r"`--val-fraction 1.0` has to be above 0 and below 1"),
         ({"mask_probability": 0.0}, r"`--mask-probability 0.0` has to be above 0 and below 1"),
         ({"dropout": 1.0}, r"`--dropout 1.0` has to be at least 0 and below 1"),
         ({"warmup": 300.0, "steps": 300}, r"`--warmup 300` takes all of the `--steps 300`"),
+        ({"text": ("",)}, r"`--text` has an empty value"),
+        ({"warmup": float("inf")}, r"`--warmup inf` has to be a finite number"),
+        ({"warmup": 10.7}, r"`--warmup 10.7` is neither a share below 1 nor a whole number"),
+        ({"text": ("a", "b"), "weights": (0.0, 0.0)}, r"`--weights` have to be at least 0, and o"),
         ({"scale_lr": True}, "`--scale-lr` says what `--lr` is meant for: give both"),
         ({"max_time": "3h"}, r'`--max-time="3h"` is no duration. Write `--max-time="00:12:00:00"`'),
         ({"text": ("a",), "dataset": "b"}, r"`--text` and `--dataset` are two sources"),
@@ -206,6 +211,29 @@ def test_a_tokenizer_that_does_not_fit_is_refused(capsys, tmp_path, text):
     config.write_text(json.dumps({"model_type": "albert", "vocab_size": 30000}))
     said = refused(capsys, *given, *out, "--model", config)
     assert f"vocabulary is smaller than the model's: {size} pieces" in said
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_before_a_tokenizer_is_trained(
+    capsys, tmp_path, text
+):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "albert", "vocab_size": 512}))
+    given = ("--text", text, "--model", config, "--vocab-size", 60, "--out", tmp_path / "run")
+    assert "vocabulary is smaller than the model's: 60 pieces" in refused(capsys, *given)
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_a_file_of_options_gives_way_to_what_takes_its_place(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "config.yaml"
+    path.write_text("steps: 1500\ntext: [a]\nout: ~/run\n")
+    more = ("--epochs", "2", "--dataset", "b", "--print-config")
+    assert main(["pretrain", "--config", str(path), *more]) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert (found["steps"], found["epochs"], found["text"], found["dataset"]) == (None, 2, [], "b")
+    assert found["out"] == str(tmp_path / "run")
+    path.write_text("max_time: 12:30:00:00\n")
+    assert 'in quotes: `max_time: "00:12:00:00"`' in refused(capsys, "--config", path)
 
 
 # Stages

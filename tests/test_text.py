@@ -81,6 +81,19 @@ def test_a_glob_a_folder_and_a_list_find_the_same_files_in_order(tmp_path):
     )
 
 
+def test_a_folder_gives_files_however_their_names_are_written(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "A.TXT").write_text("one")
+    (tmp_path / "b.JsonL").write_text('{"text": "two"}')
+    assert texts(TextFiles(tmp_path)) == ["one", "two"]
+
+
+def test_half_a_character_is_replaced(tmp_path):
+    """As JSON can write it; a whole one in two halves is one."""
+    (tmp_path / "a.jsonl").write_text(r'{"text": "cut \ud83d off, \ud83d\ude00"}')
+    assert texts(TextFiles(tmp_path)) == ["cut \ufffd off, \U0001f600"]
+
+
 def test_a_name_that_looks_like_a_glob_is_that_file(tmp_path):
     (tmp_path / "notes[1].txt").write_text("These are the notes.")
     assert texts(TextFiles(tmp_path / "notes[1].txt")) == ["These are the notes."]

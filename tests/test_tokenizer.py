@@ -39,6 +39,12 @@ def test_a_vocabulary_has_the_size_asked_for_or_what_the_text_has(tokenizer):
     assert 45 < train_tokenizer(LINES, 4000).get_vocab_size() < 100
 
 
+def test_blanks_at_the_end_are_nothing(tokenizer):
+    for text in ("the fox ", "the fox\n", "the fox \t "):
+        assert tokenizer.encode(text).ids == tokenizer.encode("the fox").ids
+    assert tokenizer.encode("the [MASK] ").ids == tokenizer.encode("the [MASK]").ids
+
+
 def test_training_twice_gives_the_same_tokenizer(tokenizer):
     assert tokenizer_hash(train_tokenizer(iter(LINES), 45)) == tokenizer_hash(tokenizer)
     assert tokenizer_hash(train_tokenizer(LINES, 40)) != tokenizer_hash(tokenizer)
@@ -198,6 +204,14 @@ def test_hard_texts_are_encoded_as_by_sentencepiece(released):
     assert len(recorded) == 13
     for case in recorded:
         assert tokenizer.encode(case["text"]).ids == case["ids"], case["text"]
+
+
+def test_blanks_around_are_nothing_as_for_sentencepiece(released):
+    """SST-2's sentences end in one."""
+    tokenizer = load_tokenizer(released / "spiece.model")
+    for text in ("hello ", " hello", "hello\t", "\nhello \n"):
+        assert tokenizer.encode(text).tokens == ["[CLS]", "▁hello", "[SEP]"]
+    assert tokenizer.encode(" ").tokens == ["[CLS]", "[SEP]"]
 
 
 def test_punctuation_that_parts_words_begins_none(released):
