@@ -189,8 +189,9 @@ def export(options: ExportOptions) -> int:
         tokenizer = _tokenizer(options.model, options.tokenizer)
     check_vocabulary(tokenizer.get_vocab_size(), task.config)
     folder = run_folder(options.out)
+    replaces = (folder / "config.json").is_file()
     save_pretrained(task, folder, tokenizer, max_shard_size=options.max_shard_size)
-    print(f"{type(task).__name__} in {options.out}")
+    print(f"{type(task).__name__} in {options.out}{', in place of what was there' * replaces}")
     return 0
 
 

@@ -381,7 +381,9 @@ def kind_of(task: AlbertTask) -> str:
     names = dict.fromkeys(f"`{kind.task.__name__}`" for kind in KINDS.values())
     raise ValueError(
         f"The model is a `{type(task).__name__}`, and not fine-tuned: it is none of "
-        f"{', '.join(names)}. Fine-tune it first: `albert finetune --help`."
+        f"{', '.join(names)}. Fine-tune it first: `albert finetune --help`. (How a pretrained "
+        "model did on held-out text is in its run's `result.json`; `albert fill-mask --score` "
+        "judges texts.)"
     )
 
 

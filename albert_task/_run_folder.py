@@ -75,7 +75,7 @@ def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
         raise ValueError(
             f"The run in `{folder}` was begun with other options: {'; '.join(differences)}. Go on "
             "with the same ones, choose another folder (`--out FOLDER`), or delete this one."
-            + (_to_begin_with(folder) if was == "pretrain" else "")
+            + _to_begin_with(folder)
         )
 
 

@@ -407,6 +407,8 @@ def test_exporting(pretrained, tmp_path, capsys):
     again, before = from_pretrained(tmp_path / "out"), from_pretrained(pretrained)
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(one, other)
+    assert main(["export", "--model", str(pretrained), *arguments]) == 0
+    assert "out, in place of what was there" in capsys.readouterr().out
 
 
 def test_planning(pretrained, tmp_path, capsys):

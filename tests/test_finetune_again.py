@@ -47,6 +47,7 @@ def test_a_folder_keeps_its_run(pretrained, data, short_run, tmp_path, capsys):
     for more, message in (
         (["--epochs", "3"], "begun with other options: `--epochs` was 2 and is 3. Go on"),
         (["--train", str(data / "dev.tsv")], "the fingerprint of `--train` was"),
+        (["--epochs", "3"], f"Its weights can be begun with: `--model {short_run}`."),
     ):
         assert main(short(pretrained, data, short_run, *more)) == 2
         assert message in capsys.readouterr().err
