@@ -347,8 +347,8 @@ class PretrainOptions(NamesModel):
                 f"`--warmup {self.warmup:g}` takes all of the `--steps {self.steps}`. Write a "
                 "share such as `--warmup 0.05`."
             )
-        if self.weights and not (min(self.weights) >= 0 and max(self.weights) > 0):
-            raise ValueError("`--weights` have to be at least 0, and one of them above it.")
+        if not all(weight > 0 for weight in self.weights):
+            raise ValueError("All `--weights` have to be above 0.")
         if self.weights and len(self.weights) != len(self.text):
             raise ValueError(
                 f"There are {len(self.weights)} `--weights`, but {len(self.text)} globs of "

@@ -111,7 +111,7 @@ def test_help_lists_every_option(capsys):
         ({"text": ("",)}, r"`--text` has an empty value"),
         ({"warmup": float("inf")}, r"`--warmup inf` has to be a finite number"),
         ({"warmup": 10.7}, r"`--warmup 10.7` is neither a share below 1 nor a whole number"),
-        ({"text": ("a", "b"), "weights": (0.0, 0.0)}, r"`--weights` have to be at least 0, and o"),
+        ({"text": ("a", "b"), "weights": (0.0, 0.0)}, r"All `--weights` have to be above 0"),
         ({"scale_lr": True}, "`--scale-lr` says what `--lr` is meant for: give both"),
         ({"max_time": "3h"}, r'`--max-time="3h"` is no duration. Write `--max-time="00:12:00:00"`'),
         ({"text": ("a",), "dataset": "b"}, r"`--text` and `--dataset` are two sources"),
