@@ -152,11 +152,14 @@ def _check_unchanged(trainer: Trainer, path: Path, allow_changes: bool) -> None:
         elsewhere = differences(manifest.metadata["environment"], environment(trainer))
         elsewhere += differences(manifest.versions, package_versions())
     if changed and not allow_changes:
+        scheduled = any("LearningRateSchedule" in line for line in changed)
         raise ValueError(
             f"The run was changed since the checkpoint `{path}`, so going on from it would not be "
             f"the same run:{_listed(changed + elsewhere)}\nUndo the changes; or go on in spite of "
             "them, `fit(..., allow_changes=True)`; or start a new run with parts of the old one, "
             "`warm_start(path, task)`."
+            + " (A schedule over the whole run is another one where the run is longer, unless it "
+            "has its own length: `LearningRateSchedule(..., total_steps=)`.)" * scheduled
         )
     if changed or elsewhere:
         warn(

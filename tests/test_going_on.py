@@ -11,7 +11,12 @@ import pytest
 from tasks import Classifier, assert_same, quiet, rows
 
 from jaxlightning import Callback, CheckpointMismatch, DataLoader, DataModule
-from jaxlightning.callbacks import ExponentialMovingAverage, ModelCheckpoint, SkipNonFinite
+from jaxlightning.callbacks import (
+    ExponentialMovingAverage,
+    LearningRateSchedule,
+    ModelCheckpoint,
+    SkipNonFinite,
+)
 
 DATA = rows(48)
 
@@ -65,6 +70,21 @@ def test_a_request_to_stop_is_remembered(tmp_path, capsys):
     assert "asked to stop, and is again: It is enough." in said
     assert said.count("The fit was stopped at step 8: It is enough.") == 2
     assert_same(again.task, whole.task)
+
+
+def test_a_longer_run_has_another_schedule_unless_it_has_a_length(tmp_path):
+    of = lambda epochs, **more: trainer(
+        tmp_path, LearningRateSchedule("cosine", **more), max_epochs=epochs
+    )
+    of(1).fit(Classifier(), loader())
+    with pytest.raises(
+        ValueError, match=r"its own length: `LearningRateSchedule\(\.\.\., total_st"
+    ):
+        of(2).fit(Classifier(), loader(), resume="auto")
+    steps = len(loader())
+    longer = of(2, total_steps=steps)
+    longer.fit(Classifier(), loader(), resume="auto")
+    assert longer.global_step == 2 * steps
 
 
 def test_what_met_its_limits_was_not_stopped(tmp_path, capsys):
