@@ -78,9 +78,9 @@ class Dense(eqx.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _biased(self, y: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
-        # In float32, in which the bias's gradient is then summed over the batch.
-        bias = self.bias.astype(jnp.float32)
-        return (y.astype(jnp.float32) + along_last(bias, y)).astype(y.dtype)
+        # Spread in float32, in which its gradient is then summed over the batch.
+        bias = along_last(self.bias.astype(jnp.float32), y)
+        return y + jnp.broadcast_to(bias, y.shape).astype(y.dtype)
 
 
 class LayerNorm(eqx.Module):
