@@ -36,7 +36,7 @@ class Classifier(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch hidden"], key: PRNGKeyArray | None
     ) -> Float[Array, "*batch out"]:
-        return self.dense(dropped(self.dropout, x, key, "classifier")).astype(jnp.float32)
+        return self.dense.in_float32(dropped(self.dropout, x, key, "classifier"))
 
 
 class AlbertForSequenceClassification(AlbertTask):

@@ -77,6 +77,12 @@ class Dense(eqx.Module):
         y = self._biased(x.reshape(-1, x.shape[-1]) @ self.weight)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
+    def in_float32(self, x: Float[Array, "*batch into"]) -> Float[Array, "*batch out"]:
+        """The same in float32, whatever the dtypes: for a few logits, whose probabilities less the
+        labels would lose in 16 bits what the gradient is made of."""
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), self)
+        return wide(x.astype(jnp.float32))
+
     def _biased(self, y: Float[Array, "*batch out"]) -> Float[Array, "*batch out"]:
         # Spread in float32, in which its gradient is then summed over the batch.
         bias = along_last(self.bias.astype(jnp.float32), y)

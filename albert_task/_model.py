@@ -297,11 +297,11 @@ class Albert(eqx.Module):
         positions: Int[Array, "batch some"] | None = None,
     ) -> Float[Array, "batch hidden"] | Float[Array, "batch some hidden"]:
         """A text's vector, from that of its first token, the [CLS]: one a row, or, where a row is
-        packed of several texts, one of those that begin at each of `positions`."""
+        packed of several texts, one of those that begin at each of `positions`. In float32."""
         if self.pooler is None:
             raise ValueError("This ALBERT has no pooler. Make it with `Albert(..., pooler=True)`.")
         first = hidden[:, 0] if positions is None else gather(hidden, positions)
-        return jnp.tanh(self.pooler(first))
+        return jnp.tanh(self.pooler.in_float32(first))
 
 
 class MaskedLMHead(eqx.Module):

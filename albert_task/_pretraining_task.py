@@ -75,7 +75,7 @@ class AlbertForPreTraining(AlbertForMaskedLM):
             numbers = jnp.arange(1, texts + 1, dtype=segment_ids.dtype)
             is_in = segment_ids[:, None] == numbers[None, :, None]
             pooled = self.albert.pooled(hidden, jnp.argmax(is_in, axis=2))
-        return self.sop(pooled).astype(jnp.float32)
+        return self.sop.in_float32(pooled)
 
 
 def _order_of(batch: dict[str, Any]) -> Int[Array, "batch texts"]:

@@ -43,7 +43,7 @@ class AlbertForQuestionAnswering(AlbertTask):
     ) -> tuple[Float[Array, "batch seq"], Float[Array, "batch seq"]]:
         """Of the start and of the end, in float32."""
         hidden = self.hidden(Rows.read(batch, self.config), key)
-        both = self.outputs(hidden).astype(jnp.float32)
+        both = self.outputs.in_float32(hidden)
         return both[..., 0], both[..., 1]
 
     def training_step(
